@@ -16,6 +16,7 @@ Read from top to bottom; nothing uses a name from a later section.
      4 corpora               8 codebook start           13 faithfulness
      5 language models       9 model                    15 runs
      6 activations          10 training                 16 command line
+                            11 baselines
 
 Letters: B sentences in a batch, T positions, N real positions, D width, K codes, S sentences, F folds,
 C classes. Layers count as in ``hidden_states``: 0 is the embeddings, L the output of block L.
@@ -44,8 +45,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import UnionType
@@ -58,14 +59,17 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 __version__ = "0.1.0"
 __all__ = [
     "Config", "configure", "load_corpus", "split_words", "LanguageModel", "load_language_model", "finetune", "encode", "predict",
     "Activations", "extract", "align_words", "attribute", "kmeans", "start_codebook", "CLVQVAE", "train", "evaluate",
-    "variance_explained", "perplexity", "concept_table", "word_cloud", "plot_style", "show_table", "glue", "ablate", "faithfulness",
-    "summarise_faithfulness", "Pipeline", "published", "run_notebook",
+    "variance_explained", "perplexity", "Concepts", "clusters", "SparseAutoencoder", "train_sae", "unlearned", "concept_table",
+    "word_cloud", "plot_style", "show_table", "glue", "ablate", "remove", "Trial", "faithfulness", "retrained", "removal_curve",
+    "shift_test", "in_model", "summarise", "smallest_difference", "rationale_overlap", "planted_task", "causal_rank", "Pipeline",
+    "published", "run_notebook",
 ]
 
 
@@ -178,6 +182,8 @@ class ActivationSettings(Settings):
     """Words that occur less often in the training text are left out."""
     max_count: Count = 20
     """At most so many occurrences of a word stay."""
+    all_layers: bool = False
+    """Keep the states of every layer in one pass (their number times the disk), so that other layers need no second one."""
     inference_precision: Precision = "float32"
     """Number format of matrix products in extraction and salience."""
     batch_tokens: Count = 8192
@@ -278,6 +284,39 @@ class TrainSettings(Settings):
 
 
 @dataclass(frozen=True)
+class ConceptSettings(Settings):
+    """How concepts are shown, and how often everything is done."""
+
+    words_from: Literal["nearest", "samples"] = "nearest"
+    """Which code a position counts for in word tables: its nearest, or one sampled as in training (their code)."""
+    seeds: Count = 3
+    """Runs with seeds `seed`, `seed` + 1, … of concept methods and probes, where a page compares methods."""
+
+
+@dataclass(frozen=True)
+class BaselineSettings(Settings):
+    """What CLVQ-VAE is compared with. Paper: section 3; penalty and mixture of layers: their code."""
+
+    cluster_points: Count = 10_000
+    """Ward clusters a uniform choice of so many training states: its memory grows with their square (paper: all 81,456, 26.5 GB)."""
+    sae_l1: Amount = 1e-4
+    """Penalty on the activations of ReLU autoencoders (their code)."""
+    sae_top_k: Annotated[int, 1, 2048] = 32
+    """Neurons that stay active in a TopK autoencoder."""
+    sae_epochs: Count = 50
+    """Passes over the training states."""
+    sae_batch: Count = 1024
+    """States in a step."""
+    sae_learning_rate: Amount = 1e-3
+    """Adam's rate."""
+    sae_rows: Literal["own", "source"] = "own"
+    """Where an autoencoder's rows are removed: encoder rows at the source and decoder rows at the target, where they live; or
+    decoder rows at the source (their code)."""
+    seed: int = 42
+    """As above."""
+
+
+@dataclass(frozen=True)
 class ProbeSettings(Settings):
     """The probe of the faithfulness protocol. Paper: section 4.1; sizes: their code."""
 
@@ -307,7 +346,8 @@ class ProbeSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Config(ProbeSettings, TrainSettings, ModelSettings, SalienceSettings, ActivationSettings, LanguageModelSettings, CorpusSettings):
+class Config(ProbeSettings, BaselineSettings, ConceptSettings, TrainSettings, ModelSettings, SalienceSettings, ActivationSettings,
+             LanguageModelSettings, CorpusSettings):
     """Everything a run depends on, flat. Made by `configure`."""
 
     def to_json(self) -> str:
@@ -319,12 +359,15 @@ class Config(ProbeSettings, TrainSettings, ModelSettings, SalienceSettings, Acti
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(train_sentences=600, test_sentences=200, finetune_epochs=1, min_count=2, n_codes=50, start_iterations=5,
-                  decoder_layers=1, feedforward=256, epochs=4, salience_steps=4, folds=5, probe_epochs=30, bootstrap=200),
-    "laptop": dict(test_sentences=1000, decoder_layers=2, dropout=0.0, epochs=24, batch_sentences=64, lr_patience=2),
+    "smoke": dict(train_sentences=600, test_sentences=200, finetune_epochs=1, min_count=2, all_layers=True, n_codes=50, start_iterations=5,
+                  decoder_layers=1, feedforward=256, epochs=4, salience_steps=4, cluster_points=1500, sae_epochs=2, seeds=2, folds=5,
+                  probe_epochs=30, bootstrap=200),
+    "laptop": dict(test_sentences=1000, all_layers=True, decoder_layers=1, feedforward=1024, dropout=0.0, epochs=6, batch_sentences=32,
+                   lr_patience=2, cluster_points=6000, sae_epochs=5),
     "paper": {},
     "authors": dict(words="whitespace", frequency_filter="first", salience_steps=500, start_in="averages", mask="anticausal",
-                    norm_first=False, standardize_targets=False, learning_rate=5e-3, clip_norm=0.0, probe_stopping="test"),
+                    norm_first=False, standardize_targets=False, learning_rate=5e-3, clip_norm=0.0, sae_rows="source",
+                    words_from="samples", probe_stopping="test"),
 }
 """What each scale changes. Fields start at the paper's values (``paper``); ``authors`` has the choices of their code."""
 
@@ -633,9 +676,9 @@ def resolve_layers(settings: ActivationSettings, n_layers: int, name: str) -> tu
     """Source and target layer, with defaults filled in (8 and 12 of 12, 4 and 6 of 6). ValueError if they do not exist."""
     source = 2 * n_layers // 3 if settings.source_layer is None else settings.source_layer
     target = n_layers if settings.target_layer is None else settings.target_layer
-    for field, layer in (("source_layer", source), ("target_layer", target)):
+    for setting, layer in (("source_layer", source), ("target_layer", target)):
         if layer > n_layers:
-            raise ValueError(f"{field} {layer} does not exist: model {name!r} has layers 0 to {n_layers}")
+            raise ValueError(f"{setting} {layer} does not exist: model {name!r} has layers 0 to {n_layers}")
     if target < source:
         raise ValueError(f"target_layer {target} must not lie below source_layer {source}")
     return source, target
@@ -702,7 +745,7 @@ def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], 
     encoded = encode(lm, texts, config)
     per_epoch = math.ceil(len(labels) / config.finetune_batch)
     total = per_epoch * config.finetune_epochs
-    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=config.finetune_learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=config.finetune_learning_rate, weight_decay=0.01, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(config.finetune_warmup * total), total)
     history = []
     lm.model.train()
@@ -999,7 +1042,7 @@ def seed_centres(x: Float[Tensor, "N D"], k: int, generator: torch.Generator) ->
         cumulative = closest.double().cumsum(0)
         draw = torch.rand(trials, generator=generator, dtype=torch.float64) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, draw).clamp_max_(len(x) - 1)
-        gap = (squares[:, None] + squares[candidates] - 2 * x @ x[candidates].T).clamp_min_(0)
+        gap = torch.addmm(squares[candidates], x, x[candidates].T, alpha=-2).add_(squares[:, None]).clamp_min_(0)
         gap = torch.minimum(gap, closest[:, None])                                          # (N, trials)
         best = gap.sum(0).argmin()
         closest = gap[:, best]
@@ -1179,7 +1222,9 @@ class Decoder(nn.Module):
 
     def forward(self, queries: Float[Tensor, "B T D"], memory: Float[Tensor, "B T D"],
                 mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D2"]:
-        return self.out(self.blocks(queries, memory, tgt_mask=self.hidden(mask), memory_key_padding_mask=~mask))
+        # On a CPU the plain formula is faster than PyTorch's own choice for sentences of a few words
+        with sdpa_kernel(SDPBackend.MATH) if mask.device.type == "cpu" else nullcontext():
+            return self.out(self.blocks(queries, memory, tgt_mask=self.hidden(mask), memory_key_padding_mask=~mask))
 
 
 class Output(NamedTuple):
@@ -1197,17 +1242,18 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
               coders={ModelSettings: (asdict, dict)}):
     """Section 2: encoder, quantiser and decoder from the source layer's states to the target layer's.
 
-    As a concept method it has ``name``, ``layer``, ``vectors`` (K, D) and ``assign``. `save_pretrained`, `from_pretrained`
-    and `push_to_hub` come from huggingface_hub; weights are safetensors.
+    As a concept method it has what `Concepts` has: name, layer, reads, vectors (K, D), directions, assign. `save_pretrained`,
+    `from_pretrained` and `push_to_hub` come from huggingface_hub; weights are safetensors.
     """
 
-    name = "CLVQ-VAE"
+    directions = False
 
     def __init__(self, width: int, target_width: int, source_layer: int, target_layer: int, model: str = "",
                  settings: ModelSettings | Mapping[str, Any] = ModelSettings()) -> None:
         super().__init__()
         settings = settings if isinstance(settings, ModelSettings) else ModelSettings(**settings)       # a mapping when it is loaded
         self.layer, self.target_layer, self.model, self.settings = source_layer, target_layer, model, settings
+        self.name = "CLVQ-VAE" if source_layer != target_layer else f"single-layer VQ-VAE, layer {source_layer}"
         self.encoder = AdaptiveResidualEncoder(width, settings)
         self.quantizer = Quantizer(width, settings)
         self.decoder = Decoder(width, target_width, settings)
@@ -1233,15 +1279,20 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
         return out.reconstruction.float() * self.target_scale + self.target_mean
 
     @property
+    def reads(self) -> int:
+        """Layer whose states `assign` takes."""
+        return self.layer
+
+    @property
     def vectors(self) -> Float[Tensor, "K D"]:
         """The codes, in the space of the source layer (up to what the encoder changes)."""
         return self.quantizer.codebook
 
     @torch.no_grad()
-    def assign(self, states: Float[Tensor, "N D"], rows: int = 16384) -> Int[Tensor, "N"]:
-        """The concept of each source-layer state: the code nearest to its encoding."""
-        device = self.vectors.device
-        return torch.cat([nearest(self.encoder(block.to(device).float()), self.vectors)[0].cpu() for block in states.split(rows)])
+    def assign(self, states: Float[Tensor, "N D"], rows: int = 16384, generator: torch.Generator | None = None) -> Int[Tensor, "N"]:
+        """The concept of each source-layer state: the code nearest to its encoding; with a generator, one sampled as in training."""
+        encoded = (self.encoder(block.to(self.vectors.device).float()) for block in states.split(rows))
+        return torch.cat([(self.quantizer.sample(z, generator) if generator else nearest(z, self.vectors)[0]).cpu() for z in encoded])
 
     def check(self, acts: Activations) -> None:
         """ValueError unless model, layers and width are those this was trained on."""
@@ -1379,7 +1430,7 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
         model = CLVQVAE(acts.states[source].shape[1], acts.states[target].shape[1], source, target, acts.source["model"],
                         config.subset(ModelSettings)).to(device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.Adam(trainable, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=config.lr_factor, patience=config.lr_patience)
     checkpoint = folder / "checkpoint.safetensors" if folder else None
 
@@ -1420,6 +1471,185 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
     bar.close()
     model.load_state_dict(best)
     return model.eval(), pd.DataFrame(record["history"])
+
+
+# ======================================================================================================
+# 11 Baselines
+# ======================================================================================================
+@dataclass
+class Concepts:
+    """K concepts of any method. `CLVQVAE` has the same attributes, so that every method goes through the same tests."""
+
+    name: str
+    """What tables call it."""
+    layer: int
+    """Layer the vectors live in; from states of another one they cannot be removed."""
+    vectors: Float[Tensor, "K D"]
+    """The concepts: points among the states (centroids, codes), or directions."""
+    reads: int = -1
+    """Layer whose states `assign` takes; -1: the layer the vectors live in."""
+    directions: bool = False
+    """Whether vectors are directions without a place (SAE rows, components), which a shift of all states leaves as they are."""
+    scores: Callable[[Float[Tensor, "n D"]], Float[Tensor, "n K"]] | None = None
+    """A state has the concept of the highest score; none: the nearest vector."""
+    facts: dict[str, float] = field(default_factory=dict)
+    """What is known of the method itself: variance explained, L0, dead neurons."""
+
+    def __post_init__(self) -> None:
+        self.reads = self.layer if self.reads < 0 else self.reads
+
+    @torch.no_grad()
+    def assign(self, states: Float[Tensor, "N D"], rows: int = 16384) -> Int[Tensor, "N"]:
+        """The concept of each state of layer `reads`."""
+        scores: Any = self.scores
+        blocks = (block.float() for block in states.split(rows))
+        return torch.cat([scores(block).argmax(1) if scores else nearest(block, self.vectors)[0] for block in blocks])
+
+
+def ward(x: Float[Tensor, "N D"], k: int, points: int, generator: torch.Generator) -> Float[Tensor, "K D"]:
+    """Centroids of agglomerative clusters, Ward linkage on Euclidean distances, of a uniform choice of ``points`` rows.
+
+    As in Yu et al. 2024, but for the budget: memory grows with the square of the points, and the paper's 81,456 would need
+    26.5 GB. Says beforehand what it will cost; the time is that of a tenth of the points, scaled.
+    """
+    from sklearn.cluster import AgglomerativeClustering
+
+    x = x[torch.randperm(len(x), generator=generator)[:points]]
+    began, tenth = time.perf_counter(), max(2, len(x) // 10)
+    AgglomerativeClustering(2, linkage="ward").fit(x[:tenth].numpy())
+    seconds = (time.perf_counter() - began) * (len(x) / tenth) ** 2
+    tqdm.write(f"Ward clustering of {len(x):,} states: {len(x) ** 2 * 4 / 2**30:.1f} GiB, about {seconds:.0f} s", file=sys.stderr)
+    labels = torch.from_numpy(AgglomerativeClustering(k, linkage="ward").fit_predict(x.numpy()))
+    return torch.zeros(k, x.shape[1]).index_add_(0, labels, x) / labels.bincount(minlength=k)[:, None]
+
+
+CLUSTERS: dict[Any, str] = {"ward": "Ward clusters", "kmeans++": "k-means", "spherical": "spherical k-means", "random": "random states"}
+
+
+def clusters(acts: Activations, layer: int, how: Literal["ward", "kmeans++", "spherical", "random"], config: Config) -> Concepts:
+    """`n_codes` clusters of the training states, a state being in the one of the nearest centre.
+
+    ``ward`` as above; ``kmeans++``; ``spherical``, which is where CLVQ-VAE starts (equation 2); ``random`` training states.
+    """
+    x, generator = acts.states[layer].float(), torch.Generator().manual_seed(config.seed)
+    if how == "ward":
+        if (points := min(len(x), config.cluster_points)) < config.n_codes:
+            raise ValueError(f"n_codes={config.n_codes} is more than the {points} points that Ward clusters: raise cluster_points")
+        return Concepts(CLUSTERS[how], layer, ward(x, config.n_codes, points, generator))
+    iterations, some, began = 1 if how == "random" else config.start_iterations, x[:4096], time.perf_counter()
+    nearest(some, some[:config.n_codes])
+    seconds = (time.perf_counter() - began) * len(x) / len(some) * iterations
+    tqdm.write(f"{CLUSTERS[how]} of {len(x):,} states: {x.numel() * 8 / 2**30:.1f} GiB, at most {iterations} iterations, "
+               f"about {seconds:.0f} s and the choice of first centres", file=sys.stderr)
+    return Concepts(CLUSTERS[how], layer, start_codebook(x, replace(config.subset(ModelSettings), start=how), generator)[0])
+
+
+class SparseAutoencoder(nn.Module):
+    """H neurons that read source states and write target states: ``f = relu(W x' + b)``, ``y' = V^T f + c``.
+
+    With ``top_k``, only so many of a state's neurons stay (Gao et al. 2024). x' and y' are states less their mean, in units of
+    their root mean square distance from it per dimension. Rows of V have unit length, so that the penalty on f cannot be had
+    cheaper by longer rows (Bricken et al. 2023).
+    """
+
+    def __init__(self, width: int, target_width: int, neurons: int, top_k: int = 0) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.decoder = nn.Parameter(F.normalize(torch.randn(neurons, target_width), dim=1))                             # V, (H, D2)
+        start = self.decoder.detach() if width == target_width else F.normalize(torch.randn(neurons, width), dim=1)
+        # Half of the neurons are active at first; so scaled, they add up to about the state itself and not to many times it
+        self.encoder = nn.Parameter(start * (1.0 if top_k else min(1.0, 2 * width / neurons)))                          # W, (H, D)
+        self.bias, self.target_bias = nn.Parameter(torch.zeros(neurons)), nn.Parameter(torch.zeros(target_width))
+        self.mean, self.scale, self.target_mean, self.target_scale = (
+            nn.Buffer(start) for start in (torch.zeros(width), torch.ones(()), torch.zeros(target_width), torch.ones(())))
+
+    def standardize(self, x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"]) -> None:
+        """Take means and scales from these states."""
+        for mean, scale, states in ((self.mean, self.scale, x), (self.target_mean, self.target_scale, y)):
+            mean.copy_(states.mean(0))
+            scale.copy_((states - mean).square().mean().sqrt())
+
+    def activations(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N H"]:
+        """f, how active each neuron is for a source state."""
+        f = F.linear((x - self.mean) / self.scale, self.encoder, self.bias).relu()
+        if self.top_k:
+            values, neurons = f.topk(self.top_k, dim=1)
+            f = torch.zeros_like(f).scatter(1, neurons, values)
+        return f
+
+    def loss(self, x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"], l1: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean squared error of y' plus ``l1`` times the mean over states of the sum of f; the error alone; f."""
+        f = self.activations(x)
+        error = F.mse_loss((F.linear(f, self.decoder.T) + self.target_bias).float(), (y - self.target_mean) / self.target_scale)
+        return error + l1 * f.sum(1).float().mean(), error, f
+
+
+SAES = ((2048, False), (4096, False), (2048, True))
+"""Sparse autoencoders that CLVQ-VAE is compared with: neurons, and whether only the most active ones stay."""
+
+
+def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: int, config: Config) -> SparseAutoencoder:
+    """A trained cross-layer sparse autoencoder: Adam, decoder rows brought back to unit length after each step."""
+    x, y = (acts.states[layer].float() for layer in layers)
+    tqdm.write(f"training an SAE of {neurons:,} neurons on {len(x):,} states: {6e-12 * x.numel() * 2 * neurons * config.sae_epochs:.1f} "
+               f"TFLOP, {(x.numel() + y.numel()) * 4 / 2**30:.1f} GiB of states in memory", file=sys.stderr)
+    device, generator = best_device(), torch.Generator().manual_seed(config.seed)
+    with seeded(config.seed, neurons):
+        sae = SparseAutoencoder(x.shape[1], y.shape[1], neurons, top_k)
+    sae.standardize(x, y)
+    sae.to(device)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=config.sae_learning_rate, fused=True)
+    for epoch in tqdm(range(config.sae_epochs), desc=f"training SAE {neurons}", unit="epoch"):
+        for batch in torch.randperm(len(x), generator=generator).split(config.sae_batch):
+            with autocast(device, config.precision):
+                loss, _, _ = sae.loss(x[batch].to(device), y[batch].to(device), 0.0 if top_k else config.sae_l1)
+            check_finite(loss.item(), epoch, config)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                sae.decoder.copy_(F.normalize(sae.decoder, dim=1))
+    return sae.eval().cpu()
+
+
+@torch.no_grad()
+def sae_facts(sae: SparseAutoencoder, acts: Activations, layers: tuple[int, int], rows: int = 8192) -> dict[str, float]:
+    """Over these states: share of the target's variance that is explained, L0 (neurons active at a state), share of dead neurons."""
+    error, active, fired = 0.0, 0.0, torch.zeros(len(sae.encoder), dtype=torch.bool)
+    for x, y in zip(*(acts.states[layer].split(rows) for layer in layers), strict=True):
+        _, mse, f = sae.loss(x.float(), y.float(), 0.0)
+        error, active, fired = error + float(mse) * len(x), active + float((f > 0).sum()), fired | (f > 0).any(0)
+    n = len(acts.states[layers[0]])
+    variance = acts.states[layers[1]].float().var(0, unbiased=False).mean() / sae.target_scale.square()
+    return {"variance_explained": 1 - error / n / float(variance), "l0": active / n, "dead": 1 - float(fired.float().mean())}
+
+
+def sae_concepts(sae: SparseAutoencoder, layers: tuple[int, int], name: str, config: Config, facts: dict[str, float]) -> list[Concepts]:
+    """The rows of the encoder, which live at the source, and of the decoder, which live at the target; a state has its most
+    active neuron. With ``sae_rows="source"`` decoder rows alone, as if they lived at the source (the authors' mixture)."""
+    source, target = layers
+    parts = [("encoder", sae.encoder, source), ("decoder", sae.decoder, target)]
+    if config.sae_rows == "source":
+        parts = [("decoder at the source layer", sae.decoder, source)]
+    return [Concepts(f"{name}, {part}", layer, rows.detach(), source, True, sae.activations, facts) for part, rows, layer in parts]
+
+
+def unlearned(acts: Activations, labels: Int[Tensor, "S"], layer: int, config: Config) -> list[Concepts]:
+    """Concepts that nobody had to learn. Random codes: Gaussian with the states' own mean and deviations. Principal components: of all
+    training states; a state has the one it deviates along most, in standard deviations. Class means: the difference
+    of each class's mean summary state from that of the others, a supervised ceiling; a state has the one it points to most."""
+    x, generator = acts.states[layer].float(), torch.Generator().manual_seed(config.seed)
+    deviation, mean = torch.std_mean(x, 0)
+    values, vectors = torch.linalg.eigh(torch.cov(x.T))
+    vectors, sd = vectors.flip(1)[:, :config.n_codes], values.flip(0)[:config.n_codes].clamp_min(1e-12).sqrt()          # (D, K)
+    h = x[acts.summary_rows]
+    classes = torch.stack([h[labels == c].mean(0) - h[labels != c].mean(0) for c in range(int(labels.max()) + 1)])      # (C, D)
+    return [
+        Concepts("random codes", layer, mean + deviation * torch.randn(config.n_codes, x.shape[1], generator=generator)),
+        Concepts("principal components", layer, vectors.T.contiguous(), directions=True,
+                 scores=lambda states: ((states - mean) @ vectors / sd).abs()),
+        Concepts("class means", layer, classes, directions=True, scores=lambda states: (states - mean) @ F.normalize(classes, dim=1).T),
+    ]
 
 
 # ======================================================================================================
@@ -1517,20 +1747,20 @@ def glue(**values: Any) -> None:
 # ======================================================================================================
 # 13 Faithfulness
 # ======================================================================================================
-def ablate(h: Float[Tensor, "S D"], v: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
+def ablate(h: Float[Tensor, "... D"], v: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     """Section 4.1.1: h without its part along v, ``h - (h.v / v.v) v``."""
     return h - (h * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-30) * v
 
 
 class Probes(NamedTuple):
-    """F probes ``D -> hidden -> C``, one a fold, trained together."""
+    """Probes ``D -> hidden -> C``, one a fold for each of G sets of states, trained together. P is G F."""
 
-    weight1: Float[Tensor, "F D H"]
-    bias1: Float[Tensor, "F 1 H"]
-    weight2: Float[Tensor, "F H C"]
-    bias2: Float[Tensor, "F 1 C"]
+    weight1: Float[Tensor, "P D H"]
+    bias1: Float[Tensor, "P 1 H"]
+    weight2: Float[Tensor, "P H C"]
+    bias2: Float[Tensor, "P 1 C"]
 
-    def logits(self, x: Float[Tensor, "F n D"], keep: Float[Tensor, "F n H"] | float = 1.0) -> Float[Tensor, "F n C"]:
+    def logits(self, x: Float[Tensor, "P n D"], keep: Float[Tensor, "P n H"] | float = 1.0) -> Float[Tensor, "P n C"]:
         """Each probe on its own rows; ``keep`` scales the hidden units (dropout)."""
         hidden = torch.baddbmm(self.bias1, x, self.weight1).relu() * keep
         return torch.baddbmm(self.bias2, hidden, self.weight2)
@@ -1549,9 +1779,14 @@ class Folds(NamedTuple):
 
 def check_folds(labels: np.ndarray, config: ProbeSettings) -> None:
     """ValueError unless every fold can hold each class."""
-    if (fewest := np.bincount(labels).min()) < config.folds:
+    counts = np.bincount(labels)
+    if (fewest := counts.min()) < config.folds:
         raise ValueError(f"folds={config.folds} is more than the {fewest} evaluation sentences of the rarest class: "
                          "lower folds or take more text")
+    kept = len(labels) - math.ceil(len(labels) / config.folds)
+    if config.probe_stopping == "inner" and math.ceil(kept * config.probe_validation) < len(counts):
+        raise ValueError(f"{len(labels)} evaluation sentences are too few to watch {config.probe_validation:.0%} of the training folds "
+                         f"with {len(counts)} classes: raise probe_validation or take more text")
 
 
 def make_folds(labels: np.ndarray, config: ProbeSettings) -> Folds:
@@ -1569,102 +1804,523 @@ def make_folds(labels: np.ndarray, config: ProbeSettings) -> Folds:
     return Folds(*map(list, zip(*parts, strict=True)))
 
 
-def train_probes(h: Float[Tensor, "S D"], labels: Int[Tensor, "S"], folds: Folds, config: ProbeSettings) -> Probes:
-    """The probes of all folds, trained together: one batched product a layer, each fold with its own batches and patience.
+def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Folds, config: ProbeSettings) -> Probes:
+    """The probes of all folds, for each of G sets of states of the same sentences, trained together: one batched product a layer.
 
-    The same as one after another: losses add up, so gradients and Adam's steps stay apart (tested). Folds train on as many
+    The same as one after another: losses add up, so gradients and Adam's steps stay apart, and each has its own patience
+    (tested). Sets share starts, batches and dropout, so that they differ in their states alone. Folds train on as many
     sentences as the smallest has, drawn anew each epoch. The best weights by watched loss are restored; with
-    ``probe_stopping="test"`` the last ones are kept.
+    ``probe_stopping="test"`` the last ones are kept. Probes that are done leave the products.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    n_folds, width, hidden, classes = len(folds.held), h.shape[1], config.probe_hidden, int(labels.max()) + 1
+    n_sets, n_folds, width, hidden, classes = len(h), len(folds.held), h.shape[2], config.probe_hidden, int(labels.max()) + 1
 
     def uniform(*shape: int, fan_in: int) -> Tensor:                                        # nn.Linear's start
-        return ((torch.rand(n_folds, *shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)).requires_grad_()
+        start = (torch.rand(n_folds, *shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+        return start.repeat(n_sets, 1, 1).requires_grad_()
 
     probes = Probes(uniform(width, hidden, fan_in=width), uniform(1, hidden, fan_in=width),
                     uniform(hidden, classes, fan_in=hidden), uniform(1, classes, fan_in=hidden))
-    optimizer = torch.optim.Adam(probes, lr=config.probe_learning_rate)
-    n = min(map(len, folds.kept))
-    n_watched = max(map(len, folds.watched))
+    optimizer = torch.optim.Adam(probes, lr=config.probe_learning_rate, fused=True)
+    n, n_watched = min(map(len, folds.kept)), max(map(len, folds.watched))
     watched = torch.stack([torch.from_numpy(np.resize(rows, n_watched)) for rows in folds.watched])                 # (F, n')
     real = torch.stack([torch.arange(n_watched) < len(rows) for rows in folds.watched]).float()
     kept = Probes(*(p.detach().clone() for p in probes))
-    best, waited = torch.full((n_folds,), math.inf), torch.zeros(n_folds)
+    left = torch.arange(n_sets * n_folds)                                                   # (P',) probes still in training
+    best, waited = torch.full((len(left),), math.inf), torch.zeros(len(left))
     for _ in range(config.probe_epochs):
+        of_set, of_fold = (left // n_folds)[:, None], left % n_folds
         order = torch.stack([torch.from_numpy(rows)[torch.randperm(len(rows), generator=generator)[:n]] for rows in folds.kept])
         for batch in order.split(config.probe_batch, dim=1):                                # (F, b)
             keep = torch.rand(n_folds, batch.shape[1], hidden, generator=generator) >= config.probe_dropout
-            logits = probes.logits(h[batch], keep / (1 - config.probe_dropout))
-            loss = F.cross_entropy(logits.flatten(0, 1), labels[batch].flatten(), reduction="sum") / batch.shape[1]
+            rows = batch[of_fold]                                                           # (P', b)
+            logits = probes.logits(h[of_set, rows], keep[of_fold] / (1 - config.probe_dropout))
+            loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].flatten(), reduction="sum") / batch.shape[1]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            each = F.cross_entropy(probes.logits(h[watched]).transpose(1, 2), labels[watched], reduction="none")    # (F, n')
-            loss = (each * real).sum(1) / real.sum(1)
-            active = waited < config.probe_patience
-            better = active & (loss < best)
+            rows, there = watched[of_fold], real[of_fold]                                   # (P', n')
+            each = F.cross_entropy(probes.logits(h[of_set, rows]).transpose(1, 2), labels[rows], reduction="none")
+            loss = (each * there).sum(1) / there.sum(1)
+            better = loss < best
             for final, current in zip(kept, probes, strict=True):
-                take = better if config.probe_stopping == "inner" else active
-                final[take] = current.detach()[take]
-            best = torch.where(better, loss, best)
-            waited = torch.where(better, 0, waited + 1)
-            if (waited >= config.probe_patience).all():
+                take = better if config.probe_stopping == "inner" else torch.ones_like(better)
+                final[left[take]] = current.detach()[take]
+            best, waited = torch.where(better, loss, best), torch.where(better, 0, waited + 1)
+            if (stays := waited < config.probe_patience).all():
+                continue
+            if not stays.any():
                 break
+            fewer = Probes(*(p.detach()[stays].requires_grad_() for p in probes))
+            for old, new in zip(probes, fewer, strict=True):
+                optimizer.state[new] = {name: v[stays] if v.dim() else v for name, v in optimizer.state.pop(old).items()}
+            optimizer.param_groups[0]["params"] = list(fewer)
+            probes, left, best, waited = fewer, left[stays], best[stays], waited[stays]
     return kept
 
 
 @torch.no_grad()
-def score(probes: Probes, h: Float[Tensor, "S D"], folds: Folds) -> Int[Tensor, "S"]:
-    """The class each sentence gets from the probe of the fold that holds it out."""
-    predicted = torch.empty(len(h), dtype=torch.long)
+def score(probes: Probes, h: Float[Tensor, "V S D"], folds: Folds) -> Float[Tensor, "V S C"]:
+    """Log-probabilities each sentence gets from the probe of the fold that holds it out. Probes of one set of states score all V;
+    probes of V sets score each its own."""
+    out = torch.empty(*h.shape[:2], probes.bias2.shape[2])
     for fold, rows in enumerate(folds.held):
-        one = Probes(*(p[fold:fold + 1] for p in probes))
-        predicted[rows] = one.logits(h[rows][None])[0].argmax(1)
-    return predicted
+        own = Probes(*(p[fold::len(folds.held)] for p in probes))
+        x = h[:, rows]                                                                      # (V, n, D)
+        out[:, rows] = own.logits(x if len(own.bias1) > 1 else x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
+    return out.log_softmax(-1)
 
 
-def faithfulness(method: Any, acts: Activations, salient_rows: Int[Tensor, "S"], labels: Int[Tensor, "S"],
-                 config: ProbeSettings) -> pd.DataFrame:
-    """Section 4.1: is a class harder to read off the summary states once each sentence's salient concept is projected out?
+def auc(chance: Float[np.ndarray, "S"], positive: Bool[np.ndarray, "S"], weights: Float[np.ndarray, "R S"]) -> Float[np.ndarray, "R"]:
+    """Area under the ROC curve for each row of weights over the sentences: how often a positive one gets the higher chance, ties half."""
+    order = np.argsort(chance, kind="stable")
+    chance, positive, weights = chance[order], positive[order], weights[:, order]
+    negative = np.concatenate([np.zeros((len(weights), 1)), (weights * ~positive).cumsum(1)], 1)                        # (R, S + 1)
+    first, last = (np.searchsorted(chance, chance[positive], side) for side in ("left", "right"))
+    below = (negative[:, first] + negative[:, last]) / 2
+    gained = weights[:, positive]
+    return (below * gained).sum(1) / (gained.sum(1) * negative[:, -1])
 
-    ``method`` has ``name, layer, vectors (K, D), assign(states) -> codes``; ``salient_rows`` says which row of ``acts`` is the
-    salient token of each sentence. A row a sentence and embedding (original, perturbed, random_perturbed: a Gaussian
-    direction of its own for each sentence): method, seed, sentence, fold, embedding, label, predicted, correct.
+
+def resamples(n: int, config: ProbeSettings) -> Float[np.ndarray, "R S"]:
+    """How often each of n sentences is drawn: first once each, then in `bootstrap` resamples of them."""
+    draws = np.random.default_rng(config.seed).multinomial(n, np.full(n, 1 / n), size=config.bootstrap)
+    return np.concatenate([np.ones((1, n)), draws])
+
+
+class Removal(NamedTuple):
+    """What is taken out of the summary state of each sentence."""
+
+    along: Float[Tensor, "S D"]
+    """The concept as it is: a point among the states, or a direction."""
+    away: Float[Tensor, "S D"]
+    """What tells it from the mean: the point less the mean of all words, or as much of the direction as the word's state has."""
+
+
+Way = Literal["projection", "centred", "subtraction"]
+
+
+def remove(h: Float[Tensor, "... D"], removal: Removal, way: Way, centre: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """States without a concept: by the paper's projection; by projection of what differs from the ``centre`` (the mean state), which
+    does not depend on where the origin lies; or by plain subtraction of what tells the concept from the mean."""
+    if way == "projection":
+        return ablate(h, removal.along)
+    return centre + ablate(h - centre, removal.away) if way == "centred" else h - removal.away
+
+
+class Trial:
+    """The evaluation sentences, and what all tests of this section share: folds, probes, means, salient words.
+
+    ``tokens`` are the rows of ``test`` with a column salience; ``predicted`` is the language model's class for each sentence.
     """
-    if method.layer not in acts.states:
-        raise ValueError(f"{method.name} lives at layer {method.layer}; there are states of {', '.join(map(str, acts.states))}")
-    states = acts.states[method.layer]
-    h = states[acts.summary_rows].float()                                                   # (S, D)
-    concept = method.vectors.cpu()[method.assign(states[salient_rows])]                     # (S, D)
-    gaussian = torch.randn(h.shape, generator=torch.Generator().manual_seed(config.seed))
-    folds = make_folds(labels.numpy(), config)
-    probes = train_probes(h, labels, folds, config)
-    fold = np.empty(len(h), dtype=int)
-    for i, rows in enumerate(folds.held):
-        fold[rows] = i
-    variants = {"original": h, "perturbed": ablate(h, concept), "random_perturbed": ablate(h, gaussian)}
-    return pd.concat([
-        pd.DataFrame({"method": method.name, "seed": config.seed, "sentence": np.arange(len(h)), "fold": fold, "embedding": name,
-                      "label": labels.numpy(), "predicted": (predicted := score(probes, variant, folds).numpy()),
-                      "correct": predicted == labels.numpy()})
-        for name, variant in variants.items()], ignore_index=True)
+
+    def __init__(self, train: Activations, test: Activations, tokens: pd.DataFrame, labels: Int[Tensor, "S"],
+                 predicted: Int[Tensor, "S"], config: ProbeSettings) -> None:
+        self.train, self.test, self.tokens, self.labels, self.predicted, self.config = train, test, tokens, labels, predicted, config
+        self.folds = make_folds(labels.numpy(), config)
+        self.fold = np.empty(len(labels), dtype=int)
+        for i, rows in enumerate(self.folds.held):
+            self.fold[rows] = i
+        ranked = tokens.sort_values(["sentence", "salience"], ascending=[True, False], kind="stable")
+        rank = ranked.groupby("sentence").cumcount().to_numpy()
+        self.ranked = np.full((len(labels), rank.max() + 1), -1)                            # rows by falling salience, then -1
+        self.ranked[ranked["sentence"], rank] = ranked.index
+        self.salient = torch.from_numpy(self.ranked[:, 0].copy())
+        self.centre = lru_cache(maxsize=None)(self.centre)                                  # type: ignore[method-assign]
+        self.probes = lru_cache(maxsize=None)(self.probes)                                  # type: ignore[method-assign]
+
+    def summaries(self, layer: int) -> Float[Tensor, "S D"]:
+        """Summary states of the evaluation sentences. ValueError if there are none of this layer."""
+        if layer not in self.test.states:
+            raise ValueError(f"there are no states of layer {layer}, only of {', '.join(map(str, self.test.states))}")
+        return self.test.states[layer][self.test.summary_rows].float()
+
+    def centre(self, layer: int) -> tuple[Float[Tensor, "D"], Float[Tensor, "D"], Float[Tensor, "D"]]:
+        """Of the training states: mean and first principal component of the summaries, and mean of the words."""
+        x, summary = self.train.states[layer], torch.from_numpy(self.train.tokens["is_summary"].to_numpy().copy())
+        h = x[summary].float()
+        return h.mean(0), torch.linalg.eigh(torch.cov(h.T))[1][:, -1], x[~summary].float().mean(0)
+
+    def probes(self, layer: int) -> Probes:
+        """Probes of all folds, trained on the states as they are."""
+        return train_probes(self.summaries(layer)[None], self.labels, self.folds, self.config)
+
+    def draw(self, *numbers: Any) -> torch.Generator:
+        """A generator of its own for each use."""
+        return torch.Generator().manual_seed(int(hash_text(self.config.seed, *numbers)[:15], 16))
+
+    def of_rows(self, method: Any, rows: Int[Tensor, "S"]) -> Removal:
+        """The concepts of these rows of ``test``, one a sentence."""
+        return self.of_codes(method, method.assign(self.test.states[method.reads][rows]), rows)
+
+    def of_codes(self, method: Any, codes: Int[Tensor, "S"], rows: Int[Tensor, "S"]) -> Removal:
+        """These concepts; how much of a direction a word has is read from ``rows``."""
+        v, mean = method.vectors.cpu()[codes], self.centre(method.layer)[2]
+        if not method.directions:
+            return Removal(v, v - mean)
+        unit = F.normalize(v, dim=1)
+        return Removal(v, ((self.test.states[method.layer][rows].float() - mean) * unit).sum(1, keepdim=True) * unit)
+
+    def removals(self, method: Any) -> dict[str, Removal]:
+        """The concept of the salient word, and the controls:
+
+        gaussian, a random direction for each sentence; random code of the same codebook; random word, the concept of a word of the same
+        sentence; other class, the salient concept of a random sentence that the model puts in another class; mean, the mean
+        summary state; first component of the summary states.
+        """
+        draw, n, code_count = self.draw("controls"), len(self.labels), len(method.vectors)
+        summary_mean, component, _ = self.centre(method.layer)
+        words = self.tokens[~self.tokens["is_summary"] & ~self.tokens.index.isin(self.salient.tolist())]
+        chosen = words.iloc[torch.randperm(len(words), generator=draw).numpy()].drop_duplicates("sentence")
+        word = self.salient.clone()                                                         # stays where a sentence has one word only
+        word[torch.tensor(chosen["sentence"].to_numpy())] = torch.tensor(chosen.index.to_numpy())
+        found = {"concept": self.of_rows(method, self.salient)}
+        noise = torch.randn(n, len(component), generator=draw)
+        length = found["concept"].away.norm(dim=1, keepdim=True)
+        found["gaussian"] = Removal(noise, F.normalize(noise, dim=1) * length)
+        found["random code"] = self.of_codes(method, torch.randint(code_count, (n,), generator=draw), self.salient)
+        found["random word"] = self.of_rows(method, word)
+        chance = (self.predicted[:, None] != self.predicted).double()                       # (S, S) sentences of another class
+        if chance.any(1).all():
+            other = torch.multinomial(chance, 1, generator=draw)[:, 0]
+            found["other class"] = Removal(*(part[other] for part in found["concept"]))
+        found["mean"] = Removal(summary_mean.expand(n, -1), torch.zeros(n, len(component)))
+        found["first component"] = Removal(component.expand(n, -1), component.expand(n, -1))
+        return found
+
+    def variants(self, method: Any, ways: Sequence[Way] = get_args(Way)) -> dict[tuple[str, str], Float[Tensor, "S D"]]:
+        """Changed summary states, by what is removed and how. ``matched norm``: a random direction, as long as what the concept's
+        removal takes away. Left out where they say nothing: the mean around itself, and subtraction of directions without a
+        length (gaussian is matched norm there)."""
+        h, mean = self.summaries(method.layer), self.centre(method.layer)[0]
+        found = self.removals(method)
+        noise = F.normalize(torch.randn(h.shape, generator=self.draw("matched norm")), dim=1)
+        out: dict[tuple[str, str], Tensor] = {}
+        for way in ways:
+            silent = {"projection": (), "centred": ("mean",), "subtraction": ("mean", "gaussian", "first component")}[way]
+            out.update({(name, way): remove(h, removal, way, mean) for name, removal in found.items() if name not in silent})
+            out["matched norm", way] = h - (h - out["concept", way]).norm(dim=1, keepdim=True) * noise
+        return out
+
+    def results(self, method: Any, variants: Mapping[tuple[Any, ...], Float[Tensor, "S D"]], names: Sequence[str],
+                probes: Probes | None = None, probe: str = "frozen") -> pd.DataFrame:
+        """A row a sentence for each variant, whose key goes into the columns ``names``. Also: method, layer, probe, seed, sentence,
+        fold, label, predicted, correct, flipped (another answer than the frozen probe's to the state as it is), share (of the state's
+        squared norm that is gone), distance (what is gone, squared, in mean squared distances of the states from their mean),
+        p0, p1, … (probabilities)."""
+        layer = method.layer
+        h, mean = self.summaries(layer), self.centre(layer)[0]
+        x = torch.stack(list(variants.values()))                                            # (V, S, D)
+        chances = score(probes or self.probes(layer), x, self.folds).exp()
+        before = score(self.probes(layer), h[None], self.folds)[0].argmax(1)
+        gone, label = (x - h).square().sum(2), self.labels.expand(len(x), -1)
+        predicted = chances.argmax(2)
+        keys = pd.DataFrame(list(variants), columns=list(names), dtype=object)
+        return pd.DataFrame({
+            "method": pd.Categorical([method.name]).repeat(label.numel()), "layer": layer,
+            **{name: pd.Categorical(np.repeat(keys[name].to_numpy(), len(h)), keys[name].unique()) for name in names},
+            "probe": pd.Categorical([probe]).repeat(label.numel()), "seed": self.config.seed,
+            "sentence": np.tile(np.arange(len(h)), len(x)), "fold": np.tile(self.fold, len(x)),
+            "label": label.flatten().numpy(), "predicted": predicted.flatten().numpy(),
+            "correct": (predicted == label).flatten().numpy(), "flipped": (predicted != before).flatten().numpy(),
+            "share": (gone / h.square().sum(1)).flatten().numpy(),
+            "distance": (gone / (h - mean).square().sum(1).mean()).flatten().numpy(),
+            **{f"p{c}": chances[..., c].flatten().numpy() for c in range(chances.shape[2])}})
 
 
-def summarise_faithfulness(results: pd.DataFrame, config: ProbeSettings, reference: str = "original") -> pd.DataFrame:
-    """A row an embedding: accuracy as mean and standard deviation over folds (the paper's figures), its 95 % interval over
-    sentences, and its change from the reference embedding with a paired interval (percentile bootstrap)."""
-    correct = results.pivot(index="sentence", columns="embedding", values="correct").astype(float)
-    draws = np.random.default_rng(config.seed).integers(len(correct), size=(config.bootstrap, len(correct)))
+def faithfulness(methods: Sequence[Any], trial: Trial) -> pd.DataFrame:
+    """Section 4.1 and the control panel: is a class harder to read off the summary states once a concept is taken out?
+
+    For each method: states as they are (removed "nothing"), and each removal of `Trial.variants` in each way. Rows as
+    `Trial.results` has them.
+    """
+    parts = []
+    for method in tqdm(methods, desc="faithfulness", unit="method"):
+        nothing = {("nothing", "none"): trial.summaries(method.layer)}
+        parts.append(trial.results(method, nothing | trial.variants(method), ("removed", "way")))
+    return concat(parts)
+
+
+def retrained(methods: Sequence[Any], trial: Trial, removed: Sequence[str] = ("concept",),
+              ways: Sequence[Way] = ("projection", "centred")) -> pd.DataFrame:
+    """The same with probes that are trained on states changed alike: is the information gone, or only moved from where the first
+    probe looked? The probes of all methods of a layer are trained together. Rows as `Trial.results` has them."""
+    parts = []
+    for layer in sorted({method.layer for method in methods}):
+        chosen = [method for method in methods if method.layer == layer]
+        changed = [{key: x for key, x in trial.variants(method, ways).items() if key[0] in removed} for method in chosen]
+        x = torch.cat([torch.stack(list(variants.values())) for variants in changed])
+        probes = train_probes(x, trial.labels, trial.folds, trial.config)
+        n = len(changed[0]) * len(trial.folds.held)                                         # probes of a method
+        for i, (method, variants) in enumerate(zip(chosen, changed, strict=True)):
+            parts.append(trial.results(method, variants, ("removed", "way"), Probes(*(p[i * n:(i + 1) * n] for p in probes)), "retrained"))
+    return concat(parts)
+
+
+def concat(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Results one below the other; what is categorical stays so."""
+    parts = list(parts)
+    for name in [name for name in parts[0] if any(isinstance(part[name].dtype, pd.CategoricalDtype) for part in parts)]:
+        kinds = list(dict.fromkeys(kind for part in parts for kind in part[name].astype("category").cat.categories))
+        parts = [part.assign(**{str(name): pd.Categorical(part[name], kinds)}) for part in parts]
+    return pd.concat(parts, ignore_index=True)
+
+
+def removal_curve(methods: Sequence[Any], trial: Trial, most: int = 16) -> pd.DataFrame:
+    """The concepts of the n most salient positions taken out together, n = 1 to ``most``: the states less their part in the subspace.
+
+    Controls: concepts of positions in random order, random codes, Gaussian directions. Sentences with fewer positions lose what
+    they have. A row a sentence: method, layer, removed, way, n, seed, sentence, correct.
+    """
+    parts = []
+    for method in tqdm(methods, desc="removal curves", unit="method"):
+        draw, layer = trial.draw("curve"), method.layer
+        h, (mean, _, word_mean) = trial.summaries(layer), trial.centre(layer)
+        rows = torch.from_numpy(np.resize(trial.ranked[:, :most], (len(h), min(most, trial.ranked.shape[1]))).copy())     # (S, n)
+        there = rows >= 0
+        keys = torch.rand(trial.ranked.shape, generator=draw).masked_fill(torch.from_numpy(trial.ranked < 0), 2.0)
+        shuffled = torch.from_numpy(trial.ranked).gather(1, keys.argsort(1))[:, :rows.shape[1]]
+        states, vectors = trial.test.states[method.reads], method.vectors.cpu()
+        codes = {"concept": method.assign(states[rows.flatten().clamp_min(0)]).view(rows.shape),
+                 "random word": method.assign(states[shuffled.flatten().clamp_min(0)]).view(rows.shape),
+                 "random code": torch.randint(len(vectors), rows.shape, generator=draw)}
+        points = {name: vectors[chosen] for name, chosen in codes.items()}
+        points["gaussian"] = torch.randn(*rows.shape, h.shape[1], generator=draw)
+        for name, v in points.items():
+            for way, origin in (("projection", torch.zeros_like(mean)), ("centred", mean)):
+                away = v if way == "projection" or method.directions or name == "gaussian" else v - word_mean
+                left, basis, variants = h - origin, torch.empty(len(h), 0, h.shape[1]), {}
+                for n in range(rows.shape[1]):                                              # Gram-Schmidt: one more direction at a time
+                    new = away[:, n]
+                    for _ in range(2):                                                      # twice is enough (Giraud et al. 2005)
+                        new = new - torch.einsum("sn,snd->sd", torch.einsum("snd,sd->sn", basis, new), basis)
+                    known = new.norm(dim=1) < 1e-4 * away[:, n].norm(dim=1)                 # the same concept once more
+                    new = F.normalize(new, dim=1) * (there[:, n] & ~known)[:, None]
+                    basis, left = torch.cat([basis, new[:, None]], 1), ablate(left, new)
+                    variants[name, way, n + 1] = origin + left
+                columns = ["method", "layer", "removed", "way", "n", "seed", "sentence", "correct"]
+                parts.append(trial.results(method, variants, ("removed", "way", "n"))[columns].astype({"n": int}))
+    return concat(parts)
+
+
+def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1, 5, 25, 100),
+               directions: int = 2) -> pd.DataFrame:
+    """A constant vector is added to every state and to every concept that is a point. No information changes, so a valid metric stays.
+
+    The states are first brought to mean zero, then moved by ``sizes`` times their root mean square distance from the mean
+    (column shift), along random directions; and, as ``shift`` own, by as far as the model's own mean lies from zero. For each, probes are
+    trained anew on the moved states (probe retrained), and the probes of unmoved states are moved along (probe moved: the first
+    bias less the shift, the same function exactly). A row a shift: also direction (0, 1, …, or -1 for the model's own mean), size
+    (length of the shift in those distances), accuracy and its 95 % interval over sentences (low, high).
+    """
+    parts, draws = [], resamples(len(trial.labels), trial.config)[1:]
+    for layer in sorted({method.layer for method in methods}):
+        h, mean = trial.summaries(layer), trial.centre(layer)[0]
+        spread = (h - mean).square().sum(1).mean().sqrt()
+        units = F.normalize(torch.randn(directions, h.shape[1], generator=trial.draw("shift")), dim=1)
+        shifts: dict[tuple[str, int], Tensor] = {("0", 0): torch.zeros_like(mean)}
+        shifts |= {(f"{size:g}", i): size * spread * u for size in sizes for i, u in enumerate(units)}
+        shifts |= {("own", i): mean.norm() * u for i, u in enumerate(units)} | {("own", -1): mean}
+        moved = torch.stack([h - mean + shift for shift in shifts.values()])                # (G, S, D)
+        retrained = train_probes(moved, trial.labels, trial.folds, trial.config)
+        along = Probes(*(p.detach() for p in trial.probes(layer)))
+        for method in tqdm([m for m in methods if m.layer == layer], desc=f"shift test, layer {layer}", unit="method"):
+            found = trial.removals(method)
+            for removed in ("nothing", "concept", "random code", "gaussian"):
+                for way in ("projection", "centred"):
+                    changed = []
+                    for shift, x in zip(shifts.values(), moved, strict=True):
+                        if removed == "nothing":
+                            changed.append(x)
+                            continue
+                        point = not method.directions and removed != "gaussian"
+                        along_v = found[removed].along + (shift - mean if point else 0)
+                        changed.append(remove(x, Removal(along_v, found[removed].away), way, shift))
+                    if removed == "nothing" and way == "centred":
+                        continue
+                    y = torch.stack(changed)
+                    back = y - torch.stack(list(shifts.values()))[:, None] + mean           # where unmoved probes see the same
+                    for probe, chances in (("retrained", score(retrained, y, trial.folds)), ("moved", score(along, back, trial.folds))):
+                        right = (chances.argmax(2) == trial.labels).double().numpy()        # (G, S)
+                        low, high = np.quantile(right @ draws.T / right.shape[1], [0.025, 0.975], axis=1)
+                        parts.append(pd.DataFrame({
+                            "method": method.name, "layer": layer, "seed": trial.config.seed, "removed": removed,
+                            "way": "none" if removed == "nothing" else way, "probe": probe,
+                            "shift": [key[0] for key in shifts], "direction": [key[1] for key in shifts],
+                            "size": [float(shift.norm() / spread) for shift in shifts.values()],
+                            "accuracy": right.mean(1), "low": low, "high": high}))
+    return pd.concat(parts, ignore_index=True)
+
+
+@torch.no_grad()
+def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Sequence[str], config: Config,
+             ways: Sequence[Way] = ("projection", "centred"), controls: Sequence[str] = ()) -> pd.DataFrame:
+    """The changed states go back in at their layer, the blocks above run, and the model itself answers.
+
+    The concept of the salient word is taken out of the summary position alone, or of every position of the sentence (column where);
+    around the mean summary and the mean word state where it is centred. ``controls`` are those of `Trial.variants`. A row a sentence:
+    seed, sentence, label, predicted, correct, flipped (not the model's own answer), confidence (change of the probability of the
+    model's own answer), kl (nats, from the model's own distribution to the changed one).
+    """
+    encoded, parts = encode(lm, texts, config), []
+    batches = length_batches(encoded.offsets.diff(), config.batch_tokens)
+    for method in tqdm(methods, desc="in the model", unit="method"):
+        trial.summaries(layer := method.layer)                                              # refuses a layer without states
+        found = trial.removals(method)
+        mean, _, word_mean = (part.to(lm.device) for part in trial.centre(layer))
+        noise = F.normalize(torch.randn(len(texts), len(mean), generator=trial.draw("in model")), dim=1)
+        names = ["concept", *(name for name in controls if name in found or name == "matched norm")]
+        own = torch.empty(len(texts), lm.model.config.num_labels)
+        logits = {(name, way, where): torch.empty_like(own) for name in names for way in ways for where in ("summary", "every position")}
+        for batch in batches:
+            ids, mask = pad_ids(lm, encoded, batch)
+            attention = mask.long()
+            with autocast(lm.device, config.inference_precision):
+                state = layer_states(lm, [layer], ids, mask)[layer].float()                 # (B, T, D)
+                centre = word_mean.expand_as(state).clone()
+                centre[:, 0] = mean
+                with only_blocks(lm, layer, lm.n_layers, given=True):
+                    own[batch] = lm.model(inputs_embeds=state, attention_mask=attention).logits.float().cpu()
+                    for way in ways:
+                        for name in names:
+                            of = found["concept" if name == "matched norm" else name]
+                            removal = Removal(*(part[batch][:, None].to(lm.device) for part in of))
+                            new = remove(state, removal, way, centre)
+                            if name == "matched norm":
+                                new = state - (state - new).norm(dim=2, keepdim=True) * noise[batch][:, None].to(lm.device)
+                            for where, x in (("summary", torch.cat([new[:, :1], state[:, 1:]], 1)), ("every position", new)):
+                                out = lm.model(inputs_embeds=x, attention_mask=attention).logits
+                                logits[name, way, where][batch] = out.float().cpu()
+        before = own.log_softmax(1)
+        answer, sentence = before.argmax(1), np.arange(len(texts))
+        for (name, way, where), found_logits in logits.items():
+            after = found_logits.log_softmax(1)
+            predicted = after.argmax(1)
+            parts.append(pd.DataFrame({
+                "method": method.name, "layer": layer, "removed": name, "way": way, "where": where, "seed": trial.config.seed,
+                "sentence": sentence, "label": trial.labels.numpy(), "predicted": predicted.numpy(),
+                "correct": (predicted == trial.labels).numpy(), "flipped": (predicted != answer).numpy(),
+                "confidence": (after.exp() - before.exp())[sentence, answer].numpy(),
+                "kl": (before.exp() * (before - after)).sum(1).numpy()}))
+    return pd.concat(parts, ignore_index=True)
+
+
+VARIANT = ["method", "layer", "removed", "way", "probe", "where", "n"]
+"""Columns that tell one variant of the test from another, where results have them."""
+
+
+def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mapping[str, Any] = "nothing",
+              values: Sequence[str] = ("accuracy", "flipped")) -> pd.DataFrame:
+    """A row a variant: mean, and 95 % interval over sentences (percentile bootstrap, columns …_low and …_high).
+
+    ``values`` are accuracy, auc (one class against the others, mean over classes) or any column of the results. Where there are several
+    seeds, a sentence counts with its mean over them, and accuracy_sd_seeds says how they differ; accuracy_sd_folds is the paper's
+    figure, the deviation over folds. change_…: accuracy less that of the same variant with ``against`` removed (or with
+    these values in the columns that tell variants apart), sentence by sentence; missing where there is none.
+    """
+    keys = [name for name in VARIANT if name in results]
+    sentences = results["sentence"].nunique()
+    draws = resamples(sentences, config)
+    classes = [name for name in results if re.fullmatch(r"p\d+", str(name))]
+    found: dict[tuple, dict[str, Any]] = {}
+    right: dict[tuple, np.ndarray] = {}
+    for key, part in results.groupby(keys, sort=False, observed=True):
+        part = part.sort_values(["seed", "sentence"])
+        shape = (part["seed"].nunique(), sentences)
+        correct = part["correct"].to_numpy().reshape(shape)
+        row: dict[str, Any] = {"seeds": shape[0]}
+        for value in values:
+            if value == "auc":
+                label = part["label"].to_numpy().reshape(shape)
+                drawn = np.mean([auc(chance, label[i] == c, draws) for c, name in list(enumerate(classes))[len(classes) == 2:]
+                                 for i, chance in enumerate(part[name].to_numpy().reshape(shape))], 0)
+            else:
+                drawn = draws @ (correct if value == "accuracy" else part[value].to_numpy().reshape(shape)).mean(0) / sentences
+            row |= {value: drawn[0], f"{value}_low": np.quantile(drawn[1:], 0.025), f"{value}_high": np.quantile(drawn[1:], 0.975)}
+        row["accuracy_sd_seeds"] = correct.mean(1).std(ddof=1) if shape[0] > 1 else math.nan
+        if "fold" in part:
+            by_fold = part.groupby(["seed", "fold"])["correct"].mean()
+            row |= {"accuracy_folds": by_fold.mean(), "accuracy_sd_folds": by_fold.groupby("seed").std(ddof=1).mean()}
+        found[key], right[key] = row, correct.mean(0)
+    if isinstance(against, str):
+        against = {"removed": against, **({"way": "none", "probe": "frozen"} if against == "nothing" else {})}
+    for key, row in found.items():
+        other = tuple(against.get(name, value) for name, value in zip(keys, key, strict=True))
+        if other in right:
+            drawn = draws @ (right[key] - right[other]) / sentences
+            row |= {"change": drawn[0], "change_low": np.quantile(drawn[1:], 0.025), "change_high": np.quantile(drawn[1:], 0.975)}
+    return pd.DataFrame([{**dict(zip(keys, key, strict=True)), **row} for key, row in found.items()])
+
+
+def smallest_difference(deviation: float, sentences: int, power: float = 0.8, level: float = 0.05) -> float:
+    """The smallest true difference in accuracy between two removals that a paired two-sided test finds with this power.
+
+    ``deviation``: standard deviation over sentences of the difference (1, 0 or -1 a sentence). Normal approximation.
+    """
+    from scipy.stats import norm
+
+    return float((norm.ppf(1 - level / 2) + norm.ppf(power)) * deviation / math.sqrt(sentences))
+
+
+def rationale_words(text: str, rationale: str, how: str = "unicode") -> range:
+    """Which words of a text an evidence span covers (counted from 0); none if the span does not occur in it."""
+    words, span = split_words(text, how), split_words(rationale, how)
+    starts = (i for i in range(len(words) - len(span) + 1) if words[i:i + len(span)] == span)
+    return next((range(i, i + len(span)) for i in starts if span), range(0))
+
+
+def rationale_overlap(tokens: pd.DataFrame, texts: Sequence[str], rationales: Sequence[str], how: str = "unicode") -> pd.DataFrame:
+    """Does the most salient word lie in the span that people marked as evidence? A row a sentence whose span is found and is
+    not all of it: sentence, hit, chance (share of its words in the span: a word at random), first (hit of its first word), last."""
     rows = []
-    for name in results["embedding"].unique():
-        values, change = correct[name].to_numpy(), (correct[name] - correct[reference]).to_numpy()
-        by_fold = results[results["embedding"] == name].groupby("fold")["correct"].mean()
-        low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-        change_low, change_high = np.quantile(change[draws].mean(1), [0.025, 0.975])
-        rows.append({"embedding": name, "accuracy": by_fold.mean(), "sd_folds": by_fold.std(ddof=1), "low": low, "high": high,
-                     "change": change.mean(), "change_low": change_low, "change_high": change_high})
+    words = tokens[~tokens["is_summary"]]
+    top = words.loc[words.groupby("sentence")["salience"].idxmax()].set_index("sentence")["position"] - 1
+    for sentence, (text, rationale) in enumerate(zip(texts, rationales, strict=True)):
+        span, n = rationale_words(text, rationale, how), len(split_words(text, how))
+        if 0 < len(span) < n and sentence in top.index:
+            rows.append({"sentence": sentence, "hit": int(top[sentence] in span), "chance": len(span) / n,
+                         "first": int(0 in span), "last": int(n - 1 in span)})
+    return pd.DataFrame(rows, columns=["sentence", "hit", "chance", "first", "last"])
+
+
+def planted_task(sentences: int, n_codes: int, width: int, mean: float, seed: int) -> tuple[Trial, Concepts]:
+    """A simulated task whose causal concepts are known: class c is there exactly where concept c is (c = 0, 1).
+
+    Each sentence has one of the two and three of the others, whose lengths differ; a summary is the sum of its concepts plus noise
+    plus ``mean`` (in lengths of the sum) times a constant vector; a word is its concept plus the constant.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(sentences) % 2
+    length = torch.cat([torch.ones(2), 0.5 + 2 * torch.rand(n_codes - 2, generator=draw)])
+    concepts = F.normalize(torch.randn(n_codes, width, generator=draw), dim=1) * length[:, None]                        # (K, D)
+    others = 2 + torch.rand(sentences, n_codes - 2, generator=draw).argsort(1)[:, :3]
+    codes = torch.cat([labels[:, None], others], 1)                                         # (S, 4)
+    constant = F.normalize(torch.randn(width, generator=draw), dim=0) * mean * 3
+    h = concepts[codes].sum(1) + 0.3 * torch.randn(sentences, width, generator=draw) / math.sqrt(width)
+    states = torch.cat([h[:, None], concepts[codes]], 1).flatten(0, 1) + constant           # (5 S, D)
+    position = np.tile(np.arange(5), sentences)
+    tokens = pd.DataFrame({"sentence": np.repeat(np.arange(sentences), 5), "position": position, "is_summary": position == 0,
+                           "word": [f"w{c}" for c in F.pad(codes, (1, 0), value=-1).flatten().tolist()], "salience": position == 1})
+    acts = Activations({0: states}, torch.arange(0, 5 * sentences + 1, 5), tokens, {"model": "simulated", "layers": [0], "width": width})
+    trial = Trial(acts, acts, tokens, labels, labels, replace(ProbeSettings(), folds=5, seed=seed))
+    return trial, Concepts("planted", 0, concepts + constant)
+
+
+def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1), ways: Sequence[Way] = get_args(Way)) -> pd.DataFrame:
+    """Each concept in turn is taken out of every summary: a row a way and value (fall of the accuracy, of the area under the ROC
+    curve): best rank of the causal ones among all K (1 is best) and how far they lead the best of the others."""
+    h, mean = trial.summaries(method.layer), trial.centre(method.layer)[0]
+    rows, keys = [], torch.arange(len(method.vectors))
+    for way in ways:
+        variants = {(way, int(k)): remove(h, trial.of_codes(method, k.expand(len(h)), trial.salient), way, mean) for k in keys}
+        results = trial.results(method, variants, ("way", "removed"))
+        found = summarise(results, replace(trial.config, bootstrap=1), values=("accuracy", "auc")).set_index("removed")
+        for value in ("accuracy", "auc"):
+            order = found[value].sort_values(kind="stable")
+            known = order[list(causal)].min()
+            rows.append({"way": way, "value": value, "rank": int((order < known).sum()) + 1,
+                         "lead": float(order.drop(list(causal)).min() - known), "seed": trial.config.seed})
     return pd.DataFrame(rows)
 
 
@@ -1758,6 +2414,15 @@ def finished(folder: Path, build: Callable[[Path], Any], **record: Any) -> Path:
     return folder
 
 
+PROTOCOL = ("CLVQVAE", "CLUSTERS", "SAES", "Trial", "attribute", "clusters", "extract", "sae_concepts", "train", "train_sae", "unlearned")
+"""Code that any result on concept methods depends on."""
+
+
+UNDONE: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform", "learning_rate": 1e-3,
+                          "probe_stopping": "inner"}
+"""Choices of the ``authors`` preset that `Pipeline.released` undoes one at a time, and what they become."""
+
+
 class Pipeline:
     """Every step from a corpus to its results. A step is computed when first asked for, and kept under a hash of its settings,
     its inputs and its code, so that another notebook or a second run finds it done."""
@@ -1778,6 +2443,15 @@ class Pipeline:
             raise ValueError(f"n_codes={config.n_codes} is more than the {states} states that the training text gives: "
                              "lower n_codes or take more text")
         return self
+
+    def changed(self, **settings: Any) -> Pipeline:
+        """The same with some settings changed."""
+        return Pipeline(replace(self.config, **settings), self.cache)
+
+    @cached_property
+    def over_seeds(self) -> list[Pipeline]:
+        """This pipeline with each of its `seeds`, itself first."""
+        return [self, *(self.changed(seed=self.config.seed + i) for i in range(1, self.config.seeds))]
 
     def step(self, name: str, build: Callable[[Path], Any], code: Sequence[str], *inputs: Any) -> Path:
         """The step's folder; ``code`` names the functions it runs, ``inputs`` are what else it depends on."""
@@ -1853,39 +2527,54 @@ class Pipeline:
         model = [hash_file(path) for path in sorted(self.model_folder.glob("*.safetensors"))]
         return [model, hash_text(split["text"].tolist()), self.config.words, self.config.max_tokens, self.config.data_seed]
 
-    def activations(self, split: Literal["train", "test"]) -> Activations:
-        """States of source and target layer: of the training sentences after the frequency filter, of the evaluation ones all."""
-        frame, layers = getattr(self, split), sorted(set(self.layers))
-        settings = replace(self.config.subset(ActivationSettings), source_layer=None, target_layer=None)
+    def activations(self, split: Literal["train", "test"], layers: Sequence[int] = ()) -> Activations:
+        """States of these layers, or of source and target, or of all (`all_layers`): of the training sentences after the
+        frequency filter, of the evaluation ones all."""
+        wanted = range(self.model_config.num_hidden_layers + 1) if self.config.all_layers else layers or self.layers
+        frame, layers = getattr(self, split), sorted(set(wanted))
+        settings = replace(self.config.subset(ActivationSettings), source_layer=None, target_layer=None, all_layers=False)
 
         def build(partial: Path) -> None:
             extract(self.language_model, frame["text"].tolist(), layers, self.config, partial, split == "train")
 
         return Activations.load(self.step("activations", build, ["extract"], *self.inputs(frame), layers, split == "train", settings))
 
-    @cached_property
-    def run_folder(self) -> Path:
-        """Folder of the trained CLVQ-VAE: config.json, model.safetensors, metrics.parquet, concepts.parquet, environment.json."""
+    def states_inputs(self) -> list[Any]:
+        """What the training states depend on."""
+        settings = self.config.subset(ActivationSettings)
+        return [*self.inputs(self.train), replace(settings, source_layer=None, target_layer=None, all_layers=False)]
+
+    def train_folder(self, layers: tuple[int, int]) -> Path:
+        """Folder of a CLVQ-VAE between two of the kept layers: config.json, model.safetensors, metrics.parquet, environment.json."""
         config = self.config
-        settings = [config.subset(ModelSettings), config.subset(TrainSettings), self.layers, config.subset(ActivationSettings)]
 
         def build(partial: Path) -> None:
             acts = self.activations("train")
             tqdm.write(f"training on {len(acts.tokens):,} states of {len(acts.lengths):,} sentences, at most {config.epochs} epochs, with "
                        f"{len(acts.tokens) * acts.source['width'] * 4 / 2**20:,.0f} MiB of states in memory", file=sys.stderr)
-            model, history = train(acts, config, self.layers, partial)
+            model, history = train(acts, config, layers, partial)
             model.save_pretrained(partial)
             history.to_parquet(partial / "metrics.parquet")
             (partial / "settings.json").write_text(config.to_json(), "utf8")
             (partial / "checkpoint.safetensors").unlink(missing_ok=True)
 
-        return self.step("clvqvae", build, ["train", "extract"], *self.inputs(self.train), settings)
+        settings = [config.subset(ModelSettings), config.subset(TrainSettings), layers]
+        return self.step("clvqvae", build, ["train", "extract"], *self.states_inputs(), settings)
+
+    def trained(self, layers: tuple[int, int]) -> CLVQVAE:
+        """A CLVQ-VAE between two of the kept layers; twice the same: the single-layer baseline."""
+        with redirect_stdout(io.StringIO()):                                                # it prints where it loads from
+            return CLVQVAE.from_pretrained(self.train_folder(layers)).to(best_device())
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of the trained CLVQ-VAE, with concepts.parquet too."""
+        return self.train_folder(self.layers)
 
     @cached_property
     def clvqvae(self) -> CLVQVAE:
         """The trained CLVQ-VAE."""
-        with redirect_stdout(io.StringIO()):                                                # it prints where it loads from
-            return CLVQVAE.from_pretrained(self.run_folder).to(best_device())
+        return self.trained(self.layers)
 
     @cached_property
     def history(self) -> pd.DataFrame:
@@ -1895,25 +2584,32 @@ class Pipeline:
     @cached_property
     def concepts(self) -> pd.DataFrame:
         """What its codes stand for, over the training states; `concept_table`."""
-        acts = self.activations("train")
+        acts, config = self.activations("train"), self.config
         self.clvqvae.check(acts)
-        table = concept_table(acts.tokens, self.clvqvae.assign(acts.states[self.layers[0]]), self.train["text"].tolist(),
-                              self.train["label"].tolist(), self.label_names, self.config.n_codes)
+        sampled = torch.Generator().manual_seed(config.seed) if config.words_from == "samples" else None
+        codes = self.clvqvae.assign(acts.states[self.layers[0]], generator=sampled)
+        table = concept_table(acts.tokens, codes, self.train["text"].tolist(), self.train["label"].tolist(), self.label_names,
+                              config.n_codes)
         write_whole(self.run_folder / "concepts.parquet", table.to_parquet)
         return table
+
+    def salience_of(self, split: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Salience of every position of these sentences, and the classifier's logits; `attribute`."""
+
+        def build(partial: Path) -> None:
+            tokens, logits = attribute(self.language_model, split["text"].tolist(), self.layers[0], self.config)
+            tokens.drop(columns=["first", "last"]).to_parquet(partial / "tokens.parquet")
+            pd.DataFrame(logits.numpy(), columns=self.label_names).to_parquet(partial / "logits.parquet")
+
+        folder = self.step("salience", build, ["attribute"], *self.inputs(split), self.layers[0],
+                           self.config.subset(SalienceSettings), self.config.inference_precision)
+        return pd.read_parquet(folder / "tokens.parquet"), pd.read_parquet(folder / "logits.parquet")
 
     @cached_property
     def salience(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Salience of every position of the evaluation sentences, and the classifier's logits; `attribute`."""
 
-        def build(partial: Path) -> None:
-            tokens, logits = attribute(self.language_model, self.test["text"].tolist(), self.layers[0], self.config)
-            tokens.drop(columns=["first", "last"]).to_parquet(partial / "tokens.parquet")
-            pd.DataFrame(logits.numpy(), columns=self.label_names).to_parquet(partial / "logits.parquet")
-
-        folder = self.step("salience", build, ["attribute"], *self.inputs(self.test), self.layers[0],
-                           self.config.subset(SalienceSettings), self.config.inference_precision)
-        return pd.read_parquet(folder / "tokens.parquet"), pd.read_parquet(folder / "logits.parquet")
+        return self.salience_of(self.test)
 
     @cached_property
     def salient(self) -> pd.DataFrame:
@@ -1921,23 +2617,173 @@ class Pipeline:
         tokens = self.salience[0]
         return tokens.loc[tokens.groupby("sentence")["salience"].idxmax()]
 
-    @property
-    def salient_rows(self) -> Int[Tensor, "S"]:
-        """Row of each evaluation sentence's most salient position in the evaluation states."""
-        return torch.from_numpy(self.salient.index.to_numpy().copy())
+    def trial_of(self, layers: Sequence[int]) -> Trial:
+        """The evaluation sentences as the tests of faithfulness take them, with states of these layers."""
+        labels, predicted = torch.tensor(self.test["label"].to_numpy()), torch.tensor(self.salience[1].to_numpy().argmax(1))
+        train, test = self.activations("train", layers), self.activations("test", layers)
+        return Trial(train, test, self.salience[0], labels, predicted, self.config)
+
+    @cached_property
+    def trial(self) -> Trial:
+        """The same with states of source and target."""
+        return self.trial_of(self.layers)
+
+    def clusters(self, how: Literal["ward", "kmeans++", "spherical", "random"]) -> Concepts:
+        """Clusters of the source layer's training states; `clusters`."""
+        from safetensors.torch import load_file, save_file
+
+        def build(partial: Path) -> None:
+            found = clusters(self.activations("train"), self.layers[0], how, self.config)
+            save_file({"vectors": found.vectors.contiguous()}, partial / "clusters.safetensors")
+
+        settings = [self.config.n_codes, self.config.start_iterations, self.config.cluster_points, self.config.seed]
+        folder = self.step("clusters", build, ["clusters", "extract"], *self.states_inputs(), how, self.layers[0], settings)
+        return Concepts(CLUSTERS[how], self.layers[0], load_file(folder / "clusters.safetensors")["vectors"])
+
+    def sae(self, neurons: int, top_k: int = 0) -> list[Concepts]:
+        """The rows of a cross-layer sparse autoencoder; `sae_concepts`."""
+        from safetensors.torch import load_file, save_file
+
+        def build(partial: Path) -> None:
+            acts = self.activations("train")
+            sae = train_sae(acts, self.layers, neurons, top_k, self.config)
+            save_file({k: v.contiguous() for k, v in sae.state_dict().items()}, partial / "model.safetensors")
+            (partial / "facts.json").write_text(json.dumps(sae_facts(sae, acts, self.layers)), "utf8")
+
+        settings = [replace(self.config.subset(BaselineSettings), sae_rows="own", cluster_points=1), self.config.precision]
+        inputs = [*self.states_inputs(), self.layers, neurons, top_k, settings]
+        folder = self.step("sae", build, ["train_sae", "sae_facts", "extract"], *inputs)
+        weights = load_file(folder / "model.safetensors")
+        sae = SparseAutoencoder(weights["encoder"].shape[1], weights["decoder"].shape[1], neurons, top_k)
+        sae.load_state_dict(weights)
+        name = f"TopK SAE {neurons}" if top_k else f"SAE {neurons}"
+        return sae_concepts(sae, self.layers, name, self.config, json.loads((folder / "facts.json").read_text("utf8")))
+
+    @cached_property
+    def methods(self) -> list[Any]:
+        """CLVQ-VAE and all it is compared with, those at the source layer first."""
+        acts, labels = self.activations("train"), torch.tensor(self.train["label"].to_numpy())
+        source, target = self.layers
+        found = [self.clvqvae, *(self.clusters(how) for how in CLUSTERS), *unlearned(acts, labels, source, self.config)]
+        if source != target:
+            found += [self.trained((source, source)), self.trained((target, target))]
+        found += [part for neurons, top_k in SAES for part in self.sae(neurons, self.config.sae_top_k if top_k else 0)]
+        return sorted(found, key=lambda method: method.layer)
+
+    def named(self, names: Sequence[str]) -> list[Any]:
+        """The methods of these names. ValueError for one that there is not."""
+        known = {method.name: method for method in self.methods}
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"there is no method {unknown[0]!r}, only {', '.join(known)}")
+        return [known[name] for name in names]
+
+    def kept(self, name: str, compute: Callable[[], pd.DataFrame], code: Sequence[str], *inputs: Any) -> pd.DataFrame:
+        """A table of results that depends on all settings, computed once and kept."""
+        settings = asdict(replace(self.config, seeds=1, bootstrap=1, words_from="nearest"))
+        folder = self.step(name, lambda partial: compute().to_parquet(partial / "results.parquet"), [*code, *PROTOCOL], settings,
+                           self.inputs(self.train), self.inputs(self.test), self.test["label"].tolist(), self.layers, *inputs)
+        return pd.read_parquet(folder / "results.parquet")
+
+    def of_seeds(self, results: str) -> pd.DataFrame:
+        """One of the tables of results below, of all seeds."""
+        return concat([getattr(pipeline, results) for pipeline in self.over_seeds])
 
     @cached_property
     def faithfulness(self) -> pd.DataFrame:
-        """What removing the salient concept does to a probe; `faithfulness`."""
+        """What removals do to probes, for every method and control; `faithfulness`."""
+        return self.kept("faithfulness", lambda: faithfulness(self.methods, self.trial), ["faithfulness"])
 
-        def build(partial: Path) -> None:
-            labels = torch.tensor(self.test["label"].to_numpy())
-            results = faithfulness(self.clvqvae, self.activations("test"), self.salient_rows, labels, self.config)
-            results.to_parquet(partial / "results.parquet")
+    def retrained(self, methods: Sequence[str]) -> pd.DataFrame:
+        """What removals do to probes that are trained on the changed states, for the methods of these names; `retrained`."""
+        return self.kept("retrained", lambda: retrained(self.named(methods), self.trial), ["retrained"], list(methods))
 
-        folder = self.step("faithfulness", build, ["faithfulness"], self.run_folder.name, self.salient.index.tolist(),
-                           self.test["label"].tolist(), self.config.subset(ProbeSettings))
-        return pd.read_parquet(folder / "results.parquet")
+    @cached_property
+    def removal_curve(self) -> pd.DataFrame:
+        """What taking out the concepts of several words does, for methods at the source layer; `removal_curve`."""
+
+        def compute() -> pd.DataFrame:
+            return removal_curve([method for method in self.methods if method.layer == self.layers[0]], self.trial)
+
+        return self.kept("curve", compute, ["removal_curve"])
+
+    @cached_property
+    def shift_test(self) -> pd.DataFrame:
+        """What a shift of all states does to the metric; `shift_test`."""
+        return self.kept("shift", lambda: shift_test(self.methods, self.trial), ["shift_test"], self.config.bootstrap)
+
+    @cached_property
+    def across_layers(self) -> pd.DataFrame:
+        """The shift test at every layer above the embeddings, by each layer's own mean alone, for concepts that are had quickly. The
+        salient words are those of the source layer."""
+
+        def compute() -> pd.DataFrame:
+            trial = self.trial_of(range(self.model_config.num_hidden_layers + 1))
+            labels = torch.tensor(self.train["label"].to_numpy())
+            methods: list[Concepts] = []
+            for layer in range(1, self.model_config.num_hidden_layers + 1):
+                methods += [clusters(trial.train, layer, "random", self.config), *unlearned(trial.train, labels, layer, self.config)]
+            return shift_test(methods, trial, sizes=())
+
+        return self.kept("layers", compute, ["shift_test"], self.config.bootstrap)
+
+    def in_model(self, methods: Sequence[str], controls: Sequence[str] = ()) -> pd.DataFrame:
+        """What removals do to the language model's own answers, for the methods of these names; `in_model`."""
+
+        def compute() -> pd.DataFrame:
+            texts = self.test["text"].tolist()
+            return in_model(self.named(methods), self.trial, self.language_model, texts, self.config, controls=controls)
+
+        return self.kept("in_model", compute, ["in_model"], list(methods), list(controls))
+
+    @cached_property
+    def alone(self) -> pd.DataFrame:
+        """Faithfulness of CLVQ-VAE alone, its name being the start of its codes; for comparisons of its settings."""
+
+        def compute() -> pd.DataFrame:
+            method = self.trained(self.layers)
+            method.name = self.config.start
+            return faithfulness([method], self.trial)
+
+        return self.kept("alone", compute, ["faithfulness"])
+
+    def released(self) -> pd.DataFrame:
+        """What choices of the authors' code move: this pipeline with those in `UNDONE` and half the epochs, then with one undone.
+
+        A row a run: undone ("none" first), variance_explained (held out), perplexity (over the words of the training states), codes_used,
+        sampled (share of positions for which a sampled code is not the nearest), accuracies by projection (original, concept,
+        random_code) and change, change_low, change_high of the concept's against the random code's. Missing where training broke off.
+        """
+        theirs = self.changed(epochs=max(2, self.config.epochs // 2), **{name: PRESETS["authors"][name] for name in UNDONE})
+        rows = []
+        for undone in tqdm(["none", *UNDONE], desc="choices of the released code", unit="run"):
+            run = theirs if undone == "none" else theirs.changed(**{undone: UNDONE[undone]})
+            try:
+                model, acts = run.clvqvae, run.activations("train")
+            except FloatingPointError:
+                rows.append({"undone": undone})
+                continue
+            words = acts.states[run.layers[0]][torch.from_numpy(~acts.tokens["is_summary"].to_numpy())]
+            codes = model.assign(words)
+            sampled = model.assign(words, generator=torch.Generator().manual_seed(run.config.seed))
+            table = summarise(run.alone, run.config, against="random code").query("way in ('none', 'projection')").set_index("removed")
+            best = run.history.sort_values("validation_loss").iloc[0]
+            rows.append({"undone": undone, "variance_explained": best["validation_variance_explained"],
+                         "perplexity": perplexity(codes.bincount()), "codes_used": len(codes.unique()),
+                         "sampled": float((sampled != codes).float().mean()),
+                         **{name.replace(" ", "_"): table.loc[name, "accuracy"] for name in ("nothing", "concept", "random code")},
+                         **table.loc["concept", ["change", "change_low", "change_high"]]})
+        return pd.DataFrame(rows)
+
+    def rationales(self, path: Path) -> tuple[pd.DataFrame, float]:
+        """Does the most salient word lie in what people marked? `rationale_overlap` of a .jsonl or .jsonl.gz file with text, label and
+        rationale (the evidence, as it stands in the text), and the classifier's accuracy on it."""
+        frame = pd.read_json(path, lines=True)
+        for column in ("text", "label", "rationale"):
+            if column not in frame:
+                raise ValueError(f"{path} has no column {column!r}")
+        tokens, logits = self.salience_of(frame)
+        overlap = rationale_overlap(tokens, frame["text"].tolist(), frame["rationale"].tolist(), self.config.words)
+        return overlap, float((logits.to_numpy().argmax(1) == frame["label"]).mean())
 
     def provenance(self, scale: str) -> str:
         """One line that says where a page's numbers come from."""
@@ -1976,8 +2822,9 @@ def check_parameters(path: Path, scale: str | None, parameters: Mapping[str, Any
     known = papermill.inspect_notebook(str(path))
     if unknown := [name for name in parameters if name not in known]:
         raise ValueError(f"notebook {path.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
-    chosen = {**({"scale": scale} if scale else {}), **parameters}
-    Pipeline(configure(**{"scale": os.environ.get("CLVQ_SCALE", "smoke"), **chosen})).check()
+    settings = {field.name for field in fields(Config)} & set(parameters)                   # others are the notebook's own affair
+    Pipeline(configure(scale=parameters.get("scale", scale or os.environ.get("CLVQ_SCALE", "smoke")),
+                       **{name: parameters[name] for name in settings})).check()
 
 
 def tidy(notebook: Any, record: Mapping[str, Any]) -> Any:

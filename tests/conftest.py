@@ -96,6 +96,52 @@ def tiny_acts(synthetic):
 
 
 @pytest.fixture(scope="session")
+def make_trial():
+    """Makes a trial of layer 0 from summary states (S, D) and, for each sentence, its words' states, the most salient first."""
+
+    def make(h, words, labels, predicted=None, train=None, kind=clvq.Trial, **settings):
+        counts = [1 + len(states) for states in words]
+        states = torch.cat([torch.cat([summary[None], own]) for summary, own in zip(h, words, strict=True)])
+        position = np.concatenate([np.arange(n) for n in counts])
+        tokens = pd.DataFrame(
+            {
+                "sentence": np.repeat(np.arange(len(h)), counts),
+                "position": position,
+                "word": [f"word{i}" if i else "[CLS]" for i in position],
+                "is_summary": position == 0,
+                "salience": np.where(position == 0, 0.0, 1 / np.maximum(position, 1)),
+            }
+        )
+        source = {"model": "made", "layers": [0], "width": h.shape[1], "sentences": len(h)}
+        acts = clvq.Activations({0: states}, torch.tensor([0, *counts]).cumsum(0), tokens.drop(columns="salience"), source)
+        config = clvq.configure("smoke", **{"folds": 5, "probe_epochs": 100, **settings}).subset(clvq.ProbeSettings)
+        return kind(train or acts, acts, tokens, labels, labels if predicted is None else predicted, config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def planted(make_trial):
+    """A trial, and a method whose four concepts are points among its words.
+
+    The class is where the summary lies along one direction. The most salient word has the concept of its class on that
+    direction (0 or 1), the other word a concept on a second direction that says nothing (2 or 3). All means are zero.
+    """
+    draw = torch.Generator().manual_seed(0)
+    direction, other = torch.linalg.qr(torch.randn(12, 2, generator=draw))[0].T
+    labels = torch.arange(200) % 2
+    sign, random = 1 - 2.0 * labels[:, None], 1 - 2.0 * (torch.arange(200) // 2 % 2)[:, None]
+    noise = torch.randn(200, 12, generator=draw)
+    noise = clvq.ablate(noise, direction)
+    h = noise - noise.mean(0) + 3 * sign * direction
+    words = torch.stack([5 * sign * direction, 5 * random * other], 1)
+    predicted = labels.clone()
+    predicted[:10] = 1 - predicted[:10]
+    points = 5 * torch.stack([direction, -direction, other, -other])
+    return make_trial(h, list(words), labels, predicted), clvq.Concepts("planted", 0, points)
+
+
+@pytest.fixture(scope="session")
 def refused():
     """`with refused("part", ...)`: the block raises a ValueError of one clear sentence that holds these parts."""
 

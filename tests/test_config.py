@@ -64,6 +64,7 @@ def test_the_authors_scale_has_the_choices_of_their_code():
     assert (config.frequency_filter, config.min_count, config.max_count) == ("first", 5, 20)
     assert (config.mask, config.norm_first, config.learning_rate, config.clip_norm) == ("anticausal", False, 5e-3, 0)
     assert (config.salience_steps, config.probe_stopping, config.words) == (500, "test", "whitespace")
+    assert (config.sae_rows, config.words_from, config.start_in, config.standardize_targets) == ("source", "samples", "averages", False)
 
 
 def test_an_unknown_name_is_refused_and_the_nearest_one_offered(refused):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import clvq_core as clvq
@@ -148,26 +149,42 @@ def test_probes_trained_together_are_those_trained_one_after_another(stopping, d
         kept=[rows[: len(rows) - 5 * fold] for fold, rows in enumerate(made.kept)],
         watched=[rows[: len(rows) - 2 * fold] for fold, rows in enumerate(made.watched)],
     )
-    together = clvq.train_probes(h, labels, folds, config)
-    apart, took = one_after_another(h, labels, folds, config)
-    assert len(set(took)) > 1 and any(epochs < 40 for epochs, _ in took)  # patience ends folds, each at its own time
-    assert any(waited for _, waited in took)  # so that best and last weights are not the same
-    logits = together.logits(h.expand(4, -1, -1))
-    for fold, probe in enumerate(apart):
-        torch.testing.assert_close(logits[fold], probe(h), rtol=1e-3, atol=1e-3)
-        assert torch.equal(clvq.score(together, h, folds)[folds.held[fold]], probe(h[folds.held[fold]]).argmax(1))
+    sets = torch.stack([h, h.roll(1, 1) + 0.5])  # two sets of states of the same sentences
+    together = clvq.train_probes(sets, labels, folds, config)
+    logits = together.logits(sets.repeat_interleave(4, 0)).unflatten(0, (2, 4))
+    chances = clvq.score(together, sets, folds)
+    patience = []
+    for i, x in enumerate(sets):
+        apart, took = one_after_another(x, labels, folds, config)
+        patience += took
+        for fold, (probe, held) in enumerate(zip(apart, folds.held, strict=True)):
+            torch.testing.assert_close(logits[i, fold], probe(x), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(chances[i, held], probe(x[held]).log_softmax(1), rtol=1e-3, atol=1e-3)
+    assert len(set(patience)) > 1 and any(epochs < 40 for epochs, _ in patience)  # patience ends folds, each at its own time
+    assert any(waited for _, waited in patience)  # so that best and last weights are not the same
+
+
+def test_sets_of_states_do_not_meet_in_training():
+    h, labels = noisy_data()
+    config = probe_settings(folds=3, probe_epochs=30, probe_patience=2, probe_learning_rate=1e-2)
+    folds = clvq.make_folds(labels.numpy(), config)
+    sets = torch.stack([h, 3 * torch.randn(h.shape, generator=torch.Generator().manual_seed(4)), h.flip(1)])
+    together = clvq.train_probes(sets, labels, folds, config)
+    for i, x in enumerate(sets):
+        for both, alone in zip(together, clvq.train_probes(x[None], labels, folds, config), strict=True):
+            torch.testing.assert_close(both[3 * i : 3 * i + 3], alone, rtol=1e-3, atol=1e-4)
 
 
 def test_dropout_acts_in_training_and_not_in_scoring():
     h, labels = noisy_data()
     config = probe_settings(folds=4, probe_dropout=0.5, probe_epochs=5)
     folds = clvq.make_folds(labels.numpy(), config)
-    with_dropout, without = (clvq.train_probes(h, labels, folds, replace(config, probe_dropout=p)) for p in (0.5, 0.0))
+    with_dropout, without = (clvq.train_probes(h[None], labels, folds, replace(config, probe_dropout=p)) for p in (0.5, 0.0))
     assert not torch.allclose(with_dropout.weight1, without.weight1, atol=1e-4)
     for fold, held in enumerate(folds.held):
         w1, b1, w2, b2 = (p[fold] for p in with_dropout)
-        expected = (F.linear(F.linear(h, w1.T, b1[0]).relu(), w2.T, b2[0])).argmax(1)
-        assert torch.equal(clvq.score(with_dropout, h, folds)[held], expected[held])
+        expected = F.linear(F.linear(h, w1.T, b1[0]).relu(), w2.T, b2[0]).log_softmax(1)
+        torch.testing.assert_close(clvq.score(with_dropout, h[None], folds)[0, held], expected[held])
 
 
 def test_probes_depend_on_the_seed_alone_and_the_global_state_stays():
@@ -175,7 +192,7 @@ def test_probes_depend_on_the_seed_alone_and_the_global_state_stays():
     config = probe_settings(folds=3, probe_epochs=3)
     folds = clvq.make_folds(labels.numpy(), config)
     before = torch.random.get_rng_state()
-    first, again, other = (clvq.train_probes(h, labels, folds, replace(config, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (clvq.train_probes(h[None], labels, folds, replace(config, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
 
@@ -185,137 +202,286 @@ def test_a_sentence_is_scored_by_the_probe_that_never_saw_it():
     config = probe_settings(folds=4, probe_epochs=100, probe_patience=100, probe_learning_rate=1e-2, probe_dropout=0.0,
                             probe_stopping="test")  # fmt: skip
     folds = clvq.make_folds(labels.numpy(), config)
-    probes = clvq.train_probes(h, labels, folds, config)
+    probes = clvq.train_probes(h[None], labels, folds, config)
     on_own = (probes.logits(h.expand(4, -1, -1)).argmax(2) == labels).float()
     assert all(on_own[fold, kept].mean() > 0.95 for fold, kept in enumerate(folds.kept))
-    assert 0.35 < (clvq.score(probes, h, folds) == labels).float().mean() < 0.65
+    assert 0.35 < (clvq.score(probes, h[None], folds)[0].argmax(1) == labels).float().mean() < 0.65
+
+
+def test_probes_of_one_set_score_every_variant_and_probes_of_several_their_own():
+    h, labels = noisy_data(sentences=60)
+    config = probe_settings(folds=3, probe_epochs=5)
+    folds = clvq.make_folds(labels.numpy(), config)
+    variants = torch.stack([h, h.flip(1), 2 * h])
+    one, own = (clvq.train_probes(x, labels, folds, config) for x in (h[None], variants))
+    shared, each = clvq.score(one, variants, folds), clvq.score(own, variants, folds)
+    assert shared.shape == each.shape == (3, 60, 3)
+    torch.testing.assert_close(shared.exp().sum(2), torch.ones(3, 60))
+    for v, x in enumerate(variants):
+        alone = clvq.train_probes(x[None], labels, folds, config)
+        torch.testing.assert_close(each[v], clvq.score(alone, x[None], folds)[0], rtol=1e-3, atol=1e-4)
+        for fold, held in enumerate(folds.held):
+            weights = clvq.Probes(*(p[fold][None] for p in one))
+            torch.testing.assert_close(shared[v, held], weights.logits(x[held][None])[0].log_softmax(1))
+    assert not torch.allclose(shared[1], each[1], atol=1e-3)
 
 
 # --- the protocol -------------------------------------------------------------------------------------------------
 
 
-class Planted:
-    """A concept method whose codes are known directions of the states; a state has the code of its greatest part."""
-
-    name, layer = "planted", 0
-
-    def __init__(self, vectors: torch.Tensor) -> None:
-        self.vectors = vectors
-
-    def assign(self, states: torch.Tensor) -> torch.Tensor:
-        return (states.float() @ self.vectors.T).argmax(1)
+def accuracy(results: pd.DataFrame) -> pd.Series:
+    return results.groupby(["removed", "way", "probe"], observed=True)["correct"].mean()
 
 
 @pytest.fixture(scope="module")
-def planted():
-    """300 sentences of a summary and two words. One direction of the summary tells the class; the first word lies along
-    that direction, the second along another that tells nothing. Also the directions, and the labels."""
-    draw = torch.Generator().manual_seed(0)
-    direction, other = torch.linalg.qr(torch.randn(24, 2, generator=draw))[0].T
-    labels = torch.arange(300) % 2
-    noise = torch.randn(300, 24, generator=draw)
-    noise -= (noise @ direction)[:, None] * direction
-    h = noise + (6 * labels - 3)[:, None] * direction
-    words = [5 * d.expand(300, -1) + 0.1 * torch.randn(300, 24, generator=draw) for d in (direction, other)]
-    states = torch.stack([h, *words], 1).flatten(0, 1)
-    position = np.tile([0, 1, 2], 300)
-    tokens = pd.DataFrame({"sentence": np.repeat(np.arange(300), 3), "position": position, "word": "w", "is_summary": position == 0})
-    acts = clvq.Activations({0: states.half()}, torch.arange(0, 901, 3), tokens, {"model": "planted", "layers": [0], "width": 24})
-    return acts, torch.stack([direction, other]), labels
+def results(planted):
+    """What the protocol gives for the planted method, and for one that takes the salient word for the direction that says nothing."""
+    trial, method = planted
+    elsewhere = clvq.Concepts("elsewhere", 0, method.vectors.roll(2, 0), scores=lambda states: states @ method.vectors.T)
+    ways = ("projection", "centred", "subtraction")
+    return clvq.concat([clvq.faithfulness([method, elsewhere], trial), clvq.retrained([method, elsewhere], trial, ways=ways)])
 
 
-def accuracy(results: pd.DataFrame) -> pd.Series:
-    return results.groupby("embedding")["correct"].mean()
+@pytest.mark.parametrize("way", ["projection", "centred"])
+def test_without_the_direction_that_tells_the_class_accuracy_is_chance_and_without_another_it_stays(results, way):
+    found, elsewhere = (accuracy(part) for _, part in results.groupby("method", sort=False, observed=True))
+    assert found["nothing", "none", "frozen"] > 0.97
+    assert 0.38 < found["concept", way, "frozen"] < 0.62
+    assert 0.38 < found["concept", way, "retrained"] < 0.62
+    assert 0.38 < found["other class", way, "frozen"] < 0.62  # the same direction, the other way round
+    assert min(found[control, way, "frozen"] for control in ("gaussian", "random word", "matched norm")) > 0.9
+    assert 0.6 < found["random code", way, "frozen"] < 0.9  # the class's direction for half of the sentences
+    assert min(elsewhere["concept", way]) > 0.97
 
 
-def test_without_the_direction_that_tells_the_class_accuracy_is_chance_and_without_another_it_stays(planted):
-    acts, directions, labels = planted
-    config = probe_settings(folds=5)
-    salient = acts.summary_rows + 1
-    found = accuracy(clvq.faithfulness(Planted(directions), acts, salient, labels, config))
-    assert found["original"] > 0.97 and found["random_perturbed"] > 0.95
-    assert 0.4 < found["perturbed"] < 0.6
-    assert accuracy(clvq.faithfulness(Planted(directions), acts, salient + 1, labels, config))["perturbed"] > 0.97
+def test_subtraction_of_a_concept_longer_than_the_state_gives_the_other_answer_and_a_new_probe_undoes_it(results):
+    found = accuracy(results[results["method"] == "planted"])
+    assert found["concept", "subtraction", "frozen"] < 0.05 and found["concept", "subtraction", "retrained"] > 0.97
+    assert found["other class", "subtraction", "frozen"] > 0.85  # the model takes 10 of the 200 for the other class
+    assert found["matched norm", "subtraction", "frozen"] > 0.8
 
 
-def test_the_random_direction_is_another_one_for_each_sentence():
-    # Sentences of a class are all alike. One direction for all would leave all of a fold and class with one answer.
-    labels = torch.arange(120) % 2
-    h = torch.stack([torch.ones(120), 2.0 * labels - 1], 1)
-    tokens = pd.DataFrame({"sentence": range(120), "position": 0, "word": "[CLS]", "is_summary": True})
-    acts = clvq.Activations({0: h.half()}, torch.arange(121), tokens, {"model": "planted", "layers": [0], "width": 2})
-    config = probe_settings(folds=4, probe_learning_rate=1e-2)
-    results = clvq.faithfulness(Planted(torch.tensor([[1.0, 0.0]])), acts, acts.summary_rows, labels, config)
-    answers = results.groupby(["embedding", "fold", "label"])["predicted"].nunique().unstack(0)
-    assert (answers["original"] == 1).all() and (answers["perturbed"] == 1).all()
-    assert (answers["random_perturbed"] == 2).all()
-
-
-def test_results_have_a_row_for_each_sentence_and_embedding_with_what_was_predicted(planted):
-    acts, directions, labels = planted
-    config = probe_settings(folds=5, probe_epochs=3, seed=11)
-    results = clvq.faithfulness(Planted(directions), acts, acts.summary_rows + 1, labels, config)
-    assert results.columns.tolist() == ["method", "seed", "sentence", "fold", "embedding", "label", "predicted", "correct"]
-    assert results.groupby("embedding").size().to_dict() == {"original": 300, "perturbed": 300, "random_perturbed": 300}
-    assert (results["method"] == "planted").all() and (results["seed"] == 11).all()
+def test_results_have_a_row_for_each_sentence_and_variant_with_what_was_predicted(results, planted):
+    trial = planted[0]
+    assert results.columns.tolist() == ["method", "layer", "removed", "way", "probe", "seed", "sentence", "fold", "label", "predicted",
+                                        "correct", "flipped", "share", "distance", "p0", "p1"]  # fmt: skip
+    controls = {"gaussian", "random code", "random word", "other class", "mean", "first component", "matched norm"}
+    left_out = {("centred", "mean"), *(("subtraction", name) for name in ("mean", "gaussian", "first component"))}
+    frozen = {(way, name) for way in ("projection", "centred", "subtraction") for name in {"concept", *controls}} - left_out
+    own = results[results["method"] == "planted"]
+    made = {probe: set(zip(part["way"], part["removed"], strict=True)) for probe, part in own.groupby("probe", observed=True)}
+    assert made["frozen"] == {("none", "nothing"), *frozen}
+    assert made["retrained"] == {(way, "concept") for way in ("projection", "centred", "subtraction")}
+    assert set(results["method"]) == {"planted", "elsewhere"} and (results["layer"] == 0).all()
+    assert (results["seed"] == trial.config.seed).all() and (results[["p0", "p1"]].sum(axis=1) - 1).abs().max() < 1e-5
     assert ((results["predicted"] == results["label"]) == results["correct"]).all()
-    folds = clvq.make_folds(labels.numpy(), config)
-    for _, part in results.groupby("embedding"):
-        assert part["sentence"].tolist() == list(range(300)) and part["label"].tolist() == labels.tolist()
-        assert all((part["fold"].to_numpy()[held] == fold).all() for fold, held in enumerate(folds.held))
-    again = clvq.faithfulness(Planted(directions), acts, acts.summary_rows + 1, labels, config)
-    pd.testing.assert_frame_equal(results, again)
+    assert (results["predicted"] == (results["p1"] > results["p0"])).all()
+    answer = own.loc[own["removed"] == "nothing", "predicted"].to_numpy()
+    for _, part in results.groupby(["method", "removed", "way", "probe"], observed=True):
+        assert part["sentence"].tolist() == list(range(200)) and part["label"].tolist() == trial.labels.tolist()
+        assert all((part["fold"].to_numpy()[held] == fold).all() for fold, held in enumerate(trial.folds.held))
+        assert ((part["predicted"] != answer) == part["flipped"]).all()
+    nothing = own[own["removed"] == "nothing"]
+    assert not nothing["flipped"].any() and (nothing["share"] == 0).all() and (nothing["distance"] == 0).all()
+
+
+def test_the_protocol_depends_on_the_seed_alone(planted, make_trial):
+    trial, method = planted
+    h, words = trial.summaries(0), trial.test.states[0][~trial.test.tokens["is_summary"].to_numpy()].view(200, 2, -1)
+    same, again, other = (
+        clvq.faithfulness([method], make_trial(h, list(words), trial.labels, seed=seed, probe_epochs=3)) for seed in (1, 1, 2)
+    )
+    pd.testing.assert_frame_equal(same, again)
+    assert not same["p0"].equals(other["p0"]) and not same["fold"].equals(other["fold"])
+
+
+def test_the_random_direction_is_gaussian_and_another_one_for_each_sentence(planted):
+    trial, method = planted
+    found = trial.removals(method)["gaussian"]
+    assert len(found.along.unique(dim=0)) == 200 and torch.linalg.matrix_rank(found.along) == 12
+    assert scipy.stats.kstest(found.along.flatten().numpy(), "norm").pvalue > 1e-3
+    torch.testing.assert_close(F.cosine_similarity(found.along, found.away), torch.ones(200))
+
+
+@pytest.mark.parametrize("copy", [0.0, 2.0])
+def test_a_probe_trained_anew_finds_the_class_only_where_it_was_moved_and_not_where_it_is_gone(make_trial, copy):
+    # The class is 0 or 9 along one direction; with a copy, 0 or 2 along another too. To the first probe a 0 says "class 0".
+    draw = torch.Generator().manual_seed(1)
+    labels, axes = torch.arange(160) % 2, torch.eye(12)
+    h = 0.3 * torch.randn(160, 12, generator=draw) + labels[:, None] * (9 * axes[0] + copy * axes[1])
+    trial = make_trial(h, [axes[:1]] * 160, labels, probe_learning_rate=5e-3)
+    methods = [clvq.Concepts("class", 0, axes[:1], directions=True)]
+    found = accuracy(clvq.concat([clvq.faithfulness(methods, trial), clvq.retrained(methods, trial)]))
+    assert found["nothing", "none", "frozen"] > 0.97
+    assert 0.35 < found["concept", "projection", "frozen"] < 0.75
+    again = found["concept", "projection", "retrained"]
+    assert again > 0.95 if copy else 0.35 < again < 0.65
+
+
+def test_methods_retrained_together_are_those_retrained_one_by_one(planted):
+    trial, method = planted
+    other = clvq.Concepts("other", 0, method.vectors.roll(1, 0))
+    together = clvq.retrained([method, other], trial, removed=("concept", "random code"))
+    for one in (method, other):
+        alone = clvq.retrained([one], trial, removed=("concept", "random code"))
+        part = together[together["method"] == one.name].reset_index(drop=True)
+        for column in ("removed", "way", "sentence", "predicted"):
+            assert part[column].tolist() == alone[column].tolist()
+        np.testing.assert_allclose(part["p1"], alone["p1"], atol=2e-3)
+    assert set(together["probe"]) == {"retrained"} and set(together["way"]) == {"projection", "centred"}
 
 
 def test_a_method_of_another_layer_is_refused(refused, planted):
-    acts, directions, labels = planted
-    method = Planted(directions)
-    method.layer = 4
-    with refused("planted", "layer 4", "0"):
-        clvq.faithfulness(method, acts, acts.summary_rows, labels, probe_settings())
+    trial, method = planted
+    with refused("layer 4", "0"):
+        clvq.faithfulness([replace(method, layer=4, reads=0)], trial)
 
 
 # --- the summary --------------------------------------------------------------------------------------------------
 
 
-def answers(**correct: list[bool]) -> pd.DataFrame:
-    """Results as `faithfulness` gives them, of sentences in folds of two."""
-    return pd.concat([
-        pd.DataFrame({"sentence": range(len(given)), "fold": np.arange(len(given)) // 2, "embedding": name, "correct": given})
-        for name, given in correct.items()
-    ], ignore_index=True)  # fmt: skip
+def answers(correct: list[bool], seed: int = 0, **columns) -> pd.DataFrame:
+    """Results of one variant as `faithfulness` gives them, of sentences in folds of two."""
+    row = {"method": "m", "layer": 0, "removed": "concept", "way": "projection", "probe": "frozen", "seed": seed}
+    if columns.get("removed") == "nothing":
+        row["way"] = "none"
+    n = len(correct)
+    return pd.DataFrame({"sentence": range(n), "fold": np.arange(n) // 2, **row, "correct": correct, "flipped": False, **columns})
 
 
-def test_mean_and_deviation_over_folds_are_those_worked_by_hand():
-    results = answers(original=[True, True, True, False, True, True], perturbed=[False, False, True, False, True, True])
-    summary = clvq.summarise_faithfulness(results, probe_settings()).set_index("embedding")
-    # folds: 1, 1/2, 1 and 0, 1/2, 1
-    assert summary.loc["original", "accuracy"] == pytest.approx(5 / 6)
-    assert summary.loc["original", "sd_folds"] == pytest.approx(np.sqrt(1 / 12))
-    assert summary.loc["perturbed", "accuracy"] == pytest.approx(1 / 2)
-    assert summary.loc["perturbed", "sd_folds"] == pytest.approx(1 / 2)
-    assert summary.loc["perturbed", "change"] == pytest.approx(-2 / 6)
-    assert summary.loc["original", ["change", "change_low", "change_high"]].tolist() == [0, 0, 0]
+FIRST, SECOND, THIRD = ([c == "+" for c in text] for text in ("+++-++", "--+-++", "+-+---"))
+
+
+def summarised(*parts: pd.DataFrame, bootstrap: int = 100, index: str = "removed", **options) -> pd.DataFrame:
+    return clvq.summarise(pd.concat(parts, ignore_index=True), probe_settings(bootstrap=bootstrap), **options).set_index(index)
+
+
+def test_mean_deviation_over_folds_and_change_are_those_worked_by_hand():
+    summary = summarised(answers(FIRST, removed="nothing"), answers(SECOND), answers(THIRD, removed="gaussian"))
+    # folds: 1, 1/2, 1 and 0, 1/2, 1 and 1/2, 1/2, 0
+    assert summary["accuracy"].tolist() == pytest.approx([5 / 6, 1 / 2, 1 / 3])
+    assert summary["accuracy_folds"].tolist() == pytest.approx([5 / 6, 1 / 2, 1 / 3])
+    assert summary["accuracy_sd_folds"].tolist() == pytest.approx([np.sqrt(1 / 12), 1 / 2, np.sqrt(1 / 12)])
+    assert summary["change"].tolist() == pytest.approx([0, -2 / 6, -3 / 6])
+    assert summary.loc["nothing", ["change", "change_low", "change_high"]].tolist() == [0, 0, 0]
+    assert summary["seeds"].tolist() == [1, 1, 1] and summary["accuracy_sd_seeds"].isna().all()
+
+
+def test_a_sentence_counts_with_its_mean_over_seeds_and_the_deviation_over_seeds_is_that_worked_by_hand():
+    summary = summarised(*(answers(given, seed, removed="nothing") for seed, given in enumerate([FIRST, SECOND])),
+                         *(answers(given, seed) for seed, given in enumerate([SECOND, THIRD])))  # fmt: skip
+    assert summary["seeds"].tolist() == [2, 2]
+    # 5/6 and 1/2; 1/2 and 1/3
+    assert summary["accuracy"].tolist() == pytest.approx([2 / 3, 5 / 12])
+    assert summary["accuracy_sd_seeds"].tolist() == pytest.approx([1 / 3 / np.sqrt(2), 1 / 6 / np.sqrt(2)])
+    assert summary["accuracy_sd_folds"].tolist() == pytest.approx([(np.sqrt(1 / 12) + 1 / 2) / 2, (1 / 2 + np.sqrt(1 / 12)) / 2])
+    assert summary.loc["concept", "change"] == pytest.approx(5 / 12 - 2 / 3)
+    # one sentence has 1/2, 1/2, 1, 0, 1, 1: two seeds are not twice the sentences
+    draws = clvq.resamples(6, probe_settings(bootstrap=100))[1:] @ [0.5, 0.5, 1, 0, 1, 1] / 6
+    assert summary.loc["nothing", ["accuracy_low", "accuracy_high"]].tolist() == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    parts = [answers(given, seed, removed=name) for name in ("nothing", "concept") for seed, given in enumerate([FIRST, THIRD])]
+    shuffled = pd.concat(parts).sample(frac=1, random_state=0)
+    pd.testing.assert_frame_equal(summarised(shuffled).sort_index(), summarised(*parts).sort_index())
+
+
+def test_a_change_is_against_the_same_removal_of_something_else_where_that_is_asked():
+    parts = [answers(FIRST, removed="nothing"), answers(SECOND), answers(THIRD, removed="gaussian"),
+             answers(FIRST, removed="gaussian", way="centred"), answers(THIRD, way="centred", method="other"),
+             answers(FIRST, probe="retrained")]  # fmt: skip
+    against = summarised(*parts, against="gaussian", index=["method", "removed", "way", "probe"])["change"]
+    assert against["m", "concept", "projection", "frozen"] == pytest.approx(1 / 6)
+    assert against["m", "gaussian", "centred", "frozen"] == 0
+    assert against.drop([("m", "concept", "projection", "frozen")]).dropna().eq(0).all() and against.isna().sum() == 3
+    columns = {"method": "m", "way": "projection"}  # with a mapping, against what has these values and the rest alike
+    assert summarised(*parts, against=columns, index=["method", "removed", "way", "probe"])["change"].dropna().to_dict() == pytest.approx({
+        ("m", "concept", "projection", "frozen"): 0, ("m", "gaussian", "projection", "frozen"): 0,
+        ("m", "gaussian", "centred", "frozen"): 3 / 6, ("other", "concept", "centred", "frozen"): 2 / 6 - 3 / 6,
+        ("m", "concept", "projection", "retrained"): 0,
+    })  # fmt: skip
+    nothing = summarised(*parts, index=["method", "removed", "way", "probe"])["change"]
+    assert nothing["m", "concept", "projection", "retrained"] == pytest.approx(0)  # against the states as they are
+    assert nothing["m", "gaussian", "projection", "frozen"] == pytest.approx(-3 / 6)
+    assert np.isnan(nothing["other", "concept", "centred", "frozen"])
 
 
 def test_intervals_are_scipys_percentile_bootstrap_over_sentences():
     draw = np.random.default_rng(1)
-    right = {"original": draw.random(400) < 0.9, "perturbed": draw.random(400) < 0.6}
-    summary = clvq.summarise_faithfulness(answers(**{k: v.tolist() for k, v in right.items()}), probe_settings(bootstrap=4000))
-    summary = summary.set_index("embedding")
+    right = {"nothing": draw.random(400) < 0.9, "concept": draw.random(400) < 0.6}
+    kl = draw.gamma(2, size=400)
+    summary = summarised(*(answers(v.tolist(), removed=k, kl=kl) for k, v in right.items()), bootstrap=4000, values=("accuracy", "kl"))
 
     def scipys(values):
         found = scipy.stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=2).confidence_interval
         return [found.low, found.high]
 
     for name, values in right.items():
-        assert summary.loc[name, ["low", "high"]].tolist() == pytest.approx(scipys(values.astype(float)), abs=0.006)
-    change = right["perturbed"].astype(float) - right["original"]
-    assert summary.loc["perturbed", ["change_low", "change_high"]].tolist() == pytest.approx(scipys(change), abs=0.006)
+        found = summary.loc[name, ["accuracy_low", "accuracy_high"]].tolist()
+        assert found == pytest.approx(scipys(values.astype(float)), abs=0.006)
+    change = right["concept"].astype(float) - right["nothing"]
+    assert summary.loc["concept", ["change_low", "change_high"]].tolist() == pytest.approx(scipys(change), abs=0.006)
+    assert summary.loc["concept", "kl"] == pytest.approx(kl.mean())
+    assert summary.loc["concept", ["kl_low", "kl_high"]].tolist() == pytest.approx(scipys(kl), abs=0.02)
 
 
-def test_the_summary_depends_on_the_seed_alone():
-    results = answers(original=[True, False] * 50, perturbed=[False, True, True, False] * 25)
-    first, again, other = (clvq.summarise_faithfulness(results, probe_settings(bootstrap=100, seed=s)) for s in (1, 1, 2))
+def test_resamples_are_those_of_whole_sentences_and_depend_on_the_seed_alone():
+    draws = clvq.resamples(50, probe_settings(bootstrap=2000))
+    assert draws.shape == (2001, 50) and (draws[0] == 1).all() and (draws.sum(1) == 50).all()
+    # a sentence is drawn 0, 1, 2, ... times as a binomial of 50 trials says
+    found = np.bincount(draws[1:].astype(int).ravel(), minlength=8)[:8] / draws[1:].size
+    assert np.abs(found - scipy.stats.binom.pmf(range(8), 50, 1 / 50)).max() < 0.005
+    results = answers([True, False] * 50)
+    first, again, other = (clvq.summarise(results, probe_settings(bootstrap=100, seed=s)) for s in (1, 1, 2))
     pd.testing.assert_frame_equal(first, again)
-    assert not first["low"].equals(other["low"])
+    assert not first["accuracy_low"].equals(other["accuracy_low"])
+
+
+# --- area under the ROC curve -------------------------------------------------------------------------------------
+
+
+@st.composite
+def ranked(draw):
+    """Chances with many ties, both classes, and how often each sentence was drawn (both classes at least once)."""
+    n = draw(st.integers(2, 30))
+    chance = draw(st.lists(st.integers(0, 6), min_size=n, max_size=n))
+    positive = np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    positive[:2] = [True, False]
+    weights = np.array(draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
+    weights[:2] += 1
+    return np.array(chance) / 6, positive, weights
+
+
+@given(case=ranked())
+def test_the_area_under_the_curve_is_scikit_learns_with_ties_and_for_sentences_drawn_more_than_once(case):
+    chance, positive, weights = case
+    found = clvq.auc(chance, positive, np.stack([np.ones(len(chance)), weights]))
+    repeated = np.repeat(np.arange(len(chance)), weights)
+    assert found == pytest.approx([roc_auc_score(positive, chance), roc_auc_score(positive[repeated], chance[repeated])])
+
+
+def chances(classes: int, sentences: int = 90, seed: int = 0) -> pd.DataFrame:
+    """Results with a label and probabilities that say something of it."""
+    draw = np.random.default_rng(seed)
+    label = np.arange(sentences) % classes
+    p = draw.dirichlet(np.ones(classes), sentences) + 0.5 * np.eye(classes)[label] * draw.random((sentences, 1))
+    p /= p.sum(1, keepdims=True)
+    return answers((p.argmax(1) == label).tolist(), seed, label=label, **{f"p{c}": p[:, c] for c in range(classes)})
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_summary_has_scikit_learns_area_for_two_classes_and_the_mean_of_one_against_the_rest_for_more(classes):
+    parts = [chances(classes, seed=seed) for seed in (0, 1)]
+    given = [part["p1"] if classes == 2 else part[["p0", "p1", "p2"]] for part in parts]
+    expected = [roc_auc_score(part["label"], p, multi_class="ovr", average="macro") for part, p in zip(parts, given, strict=True)]
+    assert summarised(parts[0], values=["auc"])["auc"].item() == pytest.approx(expected[0])
+    assert summarised(*parts, values=["auc"])["auc"].item() == pytest.approx(np.mean(expected))
+
+
+def test_the_interval_of_the_area_is_that_of_the_resampled_sentences():
+    part = chances(2)
+    summary = summarised(part, values=["auc"]).iloc[0]
+    repeated = [np.repeat(np.arange(90), weights.astype(int)) for weights in clvq.resamples(90, probe_settings(bootstrap=100))[1:]]
+    areas = [roc_auc_score(part["label"].to_numpy()[rows], part["p1"].to_numpy()[rows]) for rows in repeated]
+    assert summary[["auc_low", "auc_high"]].tolist() == pytest.approx(np.quantile(areas, [0.025, 0.975]))

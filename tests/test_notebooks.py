@@ -26,4 +26,4 @@ def test_a_notebook_runs_under_papermill_alone(tmp_path):
     done = run("papermill", "notebooks/02_faithfulness.ipynb", str(tmp_path / "out.ipynb"), "--no-progress-bar",
                "-p", "seed", "1", "-p", "n_codes", "20")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert '"seed": 1' in (text := (tmp_path / "out.ipynb").read_text()) and "salient concept removed" in text
+    assert '"seed": 1' in (text := (tmp_path / "out.ipynb").read_text()) and "concepts that are removed most often" in text

@@ -76,7 +76,112 @@ def test_evaluation_states_are_not_filtered_and_line_up_with_salience(pipeline):
     acts, (tokens, logits) = pipeline.activations("test"), pipeline.salience
     pd.testing.assert_frame_equal(acts.tokens, tokens.drop(columns="salience"))
     assert len(logits) == len(pipeline.test)
-    assert (tokens.loc[pipeline.salient_rows.numpy(), "sentence"].to_numpy() == np.arange(len(pipeline.test))).all()
+    trial = pipeline.trial
+    assert (tokens.loc[trial.salient.numpy(), "sentence"].to_numpy() == np.arange(len(pipeline.test))).all()
+    pd.testing.assert_frame_equal(pipeline.salient, tokens.loc[trial.salient.numpy()])
+    assert trial.labels.tolist() == pipeline.test["label"].tolist() and trial.predicted.tolist() == logits.to_numpy().argmax(1).tolist()
+
+
+def test_every_method_the_paper_compares_is_there_once_and_comes_back_from_the_cache_as_it_was(pipeline):
+    source, target = pipeline.layers
+    names = [method.name for method in pipeline.methods]
+    assert len(set(names)) == len(names)
+    assert {"CLVQ-VAE", f"single-layer VQ-VAE, layer {source}", f"single-layer VQ-VAE, layer {target}", *clvq.CLUSTERS.values(),
+            "SAE 2048, encoder", "SAE 2048, decoder", "SAE 4096, decoder", "TopK SAE 2048, decoder", "random codes",
+            "principal components", "class means"} <= set(names)
+    assert [method.layer for method in pipeline.methods] == sorted(method.layer for method in pipeline.methods)
+    acts = pipeline.activations("test")
+    for one, other in zip(pipeline.methods, clvq.Pipeline(pipeline.config).methods, strict=True):
+        assert (one.name, one.layer, one.reads, one.directions) == (other.name, other.layer, other.reads, other.directions)
+        assert torch.equal(one.vectors, other.vectors)
+        assert torch.equal(one.assign(acts.states[one.reads]), other.assign(acts.states[other.reads]))
+
+
+def test_faithfulness_has_every_method_with_what_nothing_removed_gives(pipeline):
+    results = pipeline.faithfulness
+    assert set(results["method"]) == {method.name for method in pipeline.methods}
+    nothing = results[results["removed"] == "nothing"].groupby(["layer", "sentence"])["predicted"].nunique()
+    assert (nothing == 1).all()                                                              # the probes of a layer are the same for all
+    summary = clvq.summarise(results, pipeline.config)
+    assert len(summary) == len(results) / len(pipeline.test) and summary["change"].notna().all()
+
+
+def test_evidence_in_a_file_is_compared_with_the_most_salient_words_of_its_own_sentences(pipeline, tmp_path, refused):
+    rows = [{"text": "a gripping , moving film .", "label": 1, "rationale": "gripping , moving"},
+            {"text": "it is dull", "label": 0, "rationale": "dull"}, {"text": "dull", "label": 0, "rationale": "dull"}]
+    path = tmp_path / "evidence.jsonl"
+    pd.DataFrame(rows).to_json(path, orient="records", lines=True)
+    overlap, accuracy = pipeline.rationales(path)
+    tokens, logits = clvq.attribute(pipeline.language_model, [row["text"] for row in rows], pipeline.layers[0], pipeline.config)
+    words = tokens[~tokens["is_summary"]]
+    top = words.loc[words.groupby("sentence")["salience"].idxmax(), "word"].tolist()
+    assert overlap["sentence"].tolist() == [0, 1]
+    assert overlap["hit"].tolist() == [int(top[0] in ("gripping", ",", "moving")), int(top[1] == "dull")]
+    assert accuracy == pytest.approx(float((logits.argmax(1).numpy() == [1, 0, 0]).mean()))
+    pd.DataFrame(rows).drop(columns="rationale").to_json(path, orient="records", lines=True)
+    with refused("'rationale'"):
+        pipeline.rationales(path)
+
+
+def test_the_shift_test_across_layers_has_every_layer_above_the_embeddings(pipeline):
+    results = pipeline.across_layers
+    methods = {"spherical k-means", "random codes", "principal components", "class means"}
+    assert results.groupby("layer")["method"].agg(set).to_dict() == {layer: methods for layer in range(1, 7)}
+    assert set(results["shift"]) == {"0", "own"}
+    own = results[(results["direction"] == -1) & (results["probe"] == "moved") & (results["method"] == "random codes")]
+    frozen = pipeline.faithfulness.query("probe == 'frozen' and method == 'random codes'")
+    expected = frozen.groupby(["removed", "way"], observed=True)["correct"].mean()
+    for row in own[own["layer"] == pipeline.layers[0]].itertuples():
+        assert row.accuracy == pytest.approx(expected[row.removed, row.way])
+
+
+def test_settings_compared_one_by_one_leave_the_pipelines_own_methods_their_names():
+    pipeline = clvq.Pipeline(clvq.configure("smoke", **QUICK))
+    assert set(pipeline.alone["method"]) == {pipeline.config.start}
+    assert pipeline.clvqvae.name == "CLVQ-VAE"
+
+
+class Asked(Exception):
+    """Carries what a step would be kept under."""
+
+
+@pytest.fixture
+def asked(pipeline, monkeypatch):
+    """What one of a pipeline's tables would be kept under: names of its code, and its inputs. Nothing is computed."""
+    ready = {name: getattr(pipeline, name) for name in ("model_folder", "corpus", "model_config")}
+
+    def step(self, name, build, code, *inputs):
+        raise Asked(code, clvq.hash_text(inputs))
+
+    monkeypatch.setattr(clvq.Pipeline, "step", step)
+
+    def ask(table: str, **settings):
+        fresh = pipeline.changed(**settings)
+        vars(fresh).update(ready)
+        with pytest.raises(Asked) as caught:
+            fresh.in_model(["CLVQ-VAE"]) if table == "in_model" else getattr(fresh, table)
+        return caught.value.args
+
+    return ask
+
+
+@pytest.mark.parametrize("table", ["faithfulness", "removal_curve", "shift_test", "in_model", "across_layers", "alone"])
+def test_the_code_of_the_protocol_is_part_of_what_its_tables_are_kept_under(asked, monkeypatch, table):
+    code, known = asked(table)[0], clvq.definitions()
+    before = clvq.code_hash(*code)
+    for name in ("Trial", "make_folds", "train_probes", "Concepts", "CLVQVAE"):
+        monkeypatch.setattr(clvq, "definitions", lambda name=name: {**known, name: ("changed", known[name][1])})
+        assert clvq.code_hash(*code) != before, name
+
+
+@pytest.mark.parametrize("table", ["shift_test", "across_layers"])
+def test_a_table_with_intervals_is_kept_under_the_number_of_resamples(asked, table):
+    assert asked(table, bootstrap=7)[1] != asked(table, bootstrap=8)[1]
+
+
+def test_a_table_with_a_row_a_sentence_is_shared_by_whatever_number_of_resamples_and_seeds(asked):
+    assert asked("faithfulness", bootstrap=7, seeds=1)[1] == asked("faithfulness", bootstrap=8, seeds=3)[1]
+    assert asked("faithfulness", seed=1)[1] != asked("faithfulness", seed=2)[1]
 
 
 def test_a_failed_step_leaves_nothing_that_looks_finished(tmp_path):
@@ -214,7 +319,7 @@ def test_the_faithfulness_notebook_runs_on_the_news_from_the_command_line(tmp_pa
     assert done.returncode == 0, done.stderr
     text = "".join(output.get("text", "") or output.data.get("text/plain", "") for output in outputs(tmp_path / FAITHFULNESS.name)
                    if output.output_type != "display_data" or "text/plain" in output.data)
-    assert "salient concept removed" in text
+    assert "concepts that are removed most often" in text
     assert "widget" not in (tmp_path / FAITHFULNESS.name).read_text()                        # no bar of a library
 
 
