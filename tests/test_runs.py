@@ -125,7 +125,7 @@ def test_evidence_in_a_file_is_compared_with_the_most_salient_words_of_its_own_s
 
 def test_the_shift_test_across_layers_has_every_layer_above_the_embeddings(pipeline):
     results = pipeline.across_layers
-    methods = {"spherical k-means", "random codes", "principal components", "class means"}
+    methods = {"random states", "random codes", "principal components", "class means"}
     assert results.groupby("layer")["method"].agg(set).to_dict() == {layer: methods for layer in range(1, 7)}
     assert set(results["shift"]) == {"0", "own"}
     own = results[(results["direction"] == -1) & (results["probe"] == "moved") & (results["method"] == "random codes")]
