@@ -34,7 +34,9 @@ import html
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -43,13 +45,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from types import UnionType
+from types import MethodType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -69,7 +73,7 @@ __all__ = [
     "variance_explained", "perplexity", "Concepts", "clusters", "SparseAutoencoder", "train_sae", "unlearned", "concept_table",
     "word_cloud", "plot_style", "show_table", "glue", "ablate", "remove", "Trial", "faithfulness", "retrained", "removal_curve",
     "shift_test", "in_model", "summarise", "smallest_difference", "rationale_overlap", "planted_task", "causal_rank", "Pipeline",
-    "published", "run_notebook",
+    "published", "run_notebook", "ahead", "Run", "run_sweep", "read_sweep", "seed_means", "means_text", "studies",
 ]
 
 
@@ -215,7 +219,11 @@ class ModelSettings(Settings):
     top_k: Count = 5
     """Sample among this many nearest codes while training (table 2)."""
     temperature: Amount = 1.0
-    """tau of equation 4, in squared-distance units."""
+    """tau of equation 4, in units of `distance`."""
+    distance: Literal["squared", "euclidean", "cosine"] = "squared"
+    """Between states and codes: squared Euclidean (their code), Euclidean (nearest code unchanged, flatter sampling), 1 - cosine."""
+    replace_dead: Amount = 0.0
+    """A code that fewer states a batch choose (moving average) jumps to a state of the batch (Dhariwal et al. 2020); 0: never."""
     ema_decay: Share = 0.99
     """gamma of appendix A.1."""
     ema_epsilon: Share = 1e-5
@@ -238,8 +246,9 @@ class ModelSettings(Settings):
     """Inner width of the feed-forward layers."""
     dropout: Annotated[float, 0, 0.9] = 0.1
     """Dropout of the decoder."""
-    memory: Literal["encoder", "quantized"] = "encoder"
-    """What cross-attention reads: the unquantised encoder outputs (paper) or the codes, so that nothing passes around them."""
+    memory: Literal["encoder", "quantized", "shuffled", "constant", "none"] = "encoder"
+    """What cross-attention reads: the unquantised encoder outputs (paper); the codes, so that nothing passes around them; the codes of
+    other positions of the batch; the mean code everywhere; zeros."""
     mask: Literal["causal", "none", "anticausal"] = "causal"
     """What self-attention hides: the future (paper), nothing, the past (their code: the mask is transposed)."""
     norm_first: bool = True
@@ -275,6 +284,8 @@ class TrainSettings(Settings):
     """Epochs without a better validation loss before that."""
     stop_patience: Count = 15
     """Epochs without a better validation loss before training ends."""
+    train_share: Annotated[float, 0.001, 1] = 1.0
+    """Share of the sentences not held out that is trained on, a choice by seed."""
     validation_share: Part = 0.1
     """Share of the sentences held out to watch the loss."""
     precision: Precision = "auto"
@@ -363,7 +374,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                   decoder_layers=1, feedforward=256, epochs=4, salience_steps=4, cluster_points=1500, sae_epochs=2, seeds=2, folds=5,
                   probe_epochs=30, bootstrap=200),
     "laptop": dict(test_sentences=1000, all_layers=True, decoder_layers=1, feedforward=1024, dropout=0.0, epochs=6, batch_sentences=32,
-                   lr_patience=2, cluster_points=6000, sae_epochs=5),
+                   lr_patience=2, salience_steps=8, cluster_points=6000, sae_epochs=5),
     "paper": {},
     "authors": dict(words="whitespace", frequency_filter="first", salience_steps=500, start_in="averages", mask="anticausal",
                     norm_first=False, standardize_targets=False, learning_rate=5e-3, clip_norm=0.0, sae_rows="source",
@@ -390,7 +401,12 @@ def configure(scale: str = "laptop", **parameters: Any) -> Config:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex; read once as long as its size and time stay."""
+    return hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def hash_of(path: Path, *_: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -889,6 +905,11 @@ class Activations:
     def summary_rows(self) -> Int[Tensor, "S"]:
         return torch.from_numpy(np.flatnonzero(self.tokens["is_summary"]))
 
+    def rows(self, sentences: Int[Tensor, "B"]) -> Int[Tensor, "n"]:
+        """The rows of these sentences."""
+        rows, mask = pad_rows(self.offsets, sentences)
+        return rows[mask]
+
     def pad(self, sentences: Int[Tensor, "B"], layers: Sequence[int],
             device: torch.device) -> tuple[list[Float[Tensor, "B T D"]], Bool[Tensor, "B T"]]:
         """A padded float32 batch of each layer's states, 0 at padding, and its mask."""
@@ -1158,8 +1179,17 @@ class Quantizer(nn.Module):
         return (self.counts + epsilon) / (total + len(self.counts) * epsilon) * total
 
     def distances(self, z: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
-        """Squared Euclidean distances (equation 3; squared as in the authors' code)."""
-        return torch.addmm(self.codebook.square().sum(1), z, self.codebook.T, alpha=-2) + z.square().sum(1, keepdim=True)
+        """Equation 3: squared Euclidean as in the authors' code, or as `distance` says."""
+        if self.settings.distance == "cosine":
+            return 1 - F.normalize(z, dim=1) @ F.normalize(self.codebook, dim=1).T
+        squared = torch.addmm(self.codebook.square().sum(1), z, self.codebook.T, alpha=-2) + z.square().sum(1, keepdim=True)
+        return squared if self.settings.distance == "squared" else squared.clamp_min(0).sqrt()
+
+    def nearest(self, z: Float[Tensor, "N D"]) -> Int[Tensor, "N"]:
+        """The nearest code."""
+        if self.settings.distance == "cosine":                                              # nearest on the sphere: highest cosine
+            return nearest(F.normalize(z, dim=1), F.normalize(self.codebook, dim=1))[0]
+        return nearest(z, self.codebook)[0]
 
     def sample(self, z: Float[Tensor, "N D"], generator: torch.Generator | None = None) -> Int[Tensor, "N"]:
         """Equation 4: a code among the k nearest, with probability proportional to exp(-distance / tau)."""
@@ -1173,7 +1203,7 @@ class Quantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             real = z[mask].float()                                                          # (N, D)
             with torch.no_grad():
-                chosen = self.sample(real, generator) if self.training else nearest(real, self.codebook)[0]
+                chosen = self.sample(real, generator) if self.training else self.nearest(real)
             vectors = self.codebook[chosen]
             passed = torch.zeros_like(z, dtype=torch.float32)
             passed[mask] = real + (vectors - real).detach()
@@ -1189,6 +1219,11 @@ class Quantizer(nn.Module):
         batch = codes.bincount(minlength=len(self.counts)).to(z.dtype)
         self.counts.lerp_(batch, 1 - decay)
         self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, z), 1 - decay)
+        if least := self.settings.replace_dead:
+            dead = self.counts < least
+            fresh = z[torch.randint(len(z), (len(dead),), device=z.device)]
+            self.sums.copy_(torch.where(dead[:, None], fresh * least, self.sums))
+            self.counts.clamp_min_(least)
         self.codebook.copy_(self.sums / self.smoothed()[:, None])
 
 
@@ -1262,11 +1297,22 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
         self.register_buffer("target_mean", torch.zeros(target_width))
         self.register_buffer("target_scale", torch.ones(target_width))
 
+    def memory(self, z: Float[Tensor, "B T D"], quantized: Quantized, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """What the decoder reads beside the codes. The decoder knows no positions, so that another order within the sentence would
+        change nothing: ``shuffled`` takes codes from all over the batch (always the same draw for its shape)."""
+        kind = self.settings.memory
+        if kind == "encoder":
+            return z
+        memory = quantized.vectors if kind in ("quantized", "shuffled") else torch.zeros_like(quantized.vectors)
+        if kind == "shuffled":
+            memory = memory.clone()
+            memory[mask] = quantized.vectors[mask][torch.randperm(int(mask.sum()), generator=torch.Generator().manual_seed(0))]
+        return memory + self.vectors.mean(0) if kind == "constant" else memory
+
     def forward(self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"], generator: torch.Generator | None = None) -> Output:
         z = self.encoder(x)
         quantized = self.quantizer(z, mask, generator)
-        memory = z if self.settings.memory == "encoder" else quantized.vectors
-        return Output(self.decoder(quantized.vectors, memory, mask), z, quantized)
+        return Output(self.decoder(quantized.vectors, self.memory(z, quantized, mask), mask), z, quantized)
 
     def loss(self, out: Output, target: Float[Tensor, "B T D2"], mask: Bool[Tensor, "B T"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Section 2.4: the reconstruction error plus beta times the commitment, and the former alone; means over real positions."""
@@ -1292,7 +1338,7 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
     def assign(self, states: Float[Tensor, "N D"], rows: int = 16384, generator: torch.Generator | None = None) -> Int[Tensor, "N"]:
         """The concept of each source-layer state: the code nearest to its encoding; with a generator, one sampled as in training."""
         encoded = (self.encoder(block.to(self.vectors.device).float()) for block in states.split(rows))
-        return torch.cat([(self.quantizer.sample(z, generator) if generator else nearest(z, self.vectors)[0]).cpu() for z in encoded])
+        return torch.cat([(self.quantizer.sample(z, generator) if generator else self.quantizer.nearest(z)).cpu() for z in encoded])
 
     def check(self, acts: Activations) -> None:
         """ValueError unless model, layers and width are those this was trained on."""
@@ -1389,8 +1435,9 @@ def check_finite(loss: float, epoch: int, config: Config) -> None:
 
 def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, sentences: Int[Tensor, "S"], config: Config,
                 epoch: int) -> dict[str, float]:
-    """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over real positions."""
+    """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over real positions, and how many codes were drawn."""
     device, total, positions = model.vectors.device, torch.zeros(2, dtype=torch.float64), 0
+    used = torch.zeros(len(model.vectors), dtype=torch.bool, device=device)
     order = torch.Generator().manual_seed(int(hash_text(config.seed, epoch)[:15], 16))
     model.train()
     with seeded(config.seed, epoch):
@@ -1406,10 +1453,20 @@ def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, 
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
             model.quantizer.update(out.encoded[mask].detach(), out.quantized.codes[mask])
+            used[out.quantized.codes[mask]] = True
             n = int(mask.sum())
             total += torch.tensor([loss.item() * n, error.item() * n], dtype=torch.float64)
             positions += n
-    return {"train_loss": float(total[0]) / positions, "train_mse": float(total[1]) / positions}
+    return {"train_loss": float(total[0]) / positions, "train_mse": float(total[1]) / positions, "train_codes_used": int(used.sum())}
+
+
+def split_sentences(acts: Activations, config: TrainSettings) -> tuple[Int[Tensor, "S1"], Int[Tensor, "S2"]]:
+    """Which sentences CLVQ-VAE is trained on, and which are held out, the latter by length: less padding."""
+    order = torch.randperm(len(acts.lengths), generator=torch.Generator().manual_seed(config.seed))
+    n_held = max(1, round(config.validation_share * len(order)))
+    n_kept = max(1, round(config.train_share * (len(order) - n_held)))
+    held, kept = order[:n_held].sort().values, order[n_held:n_held + n_kept].sort().values
+    return kept, held[acts.lengths[held].argsort(stable=True)]
 
 
 def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Path | None = None) -> tuple[CLVQVAE, pd.DataFrame]:
@@ -1421,11 +1478,8 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
     """
     source, target = layers
     device = best_device()
-    order = torch.randperm(len(acts.lengths), generator=torch.Generator().manual_seed(config.seed))
-    n_held = max(1, round(config.validation_share * len(order)))
-    held, kept = order[:n_held].sort().values, order[n_held:].sort().values
-    held = held[acts.lengths[held].argsort(stable=True)]                                    # like lengths together: less padding
-    rows = torch.cat([torch.arange(a, b) for a, b in zip(acts.offsets[kept].tolist(), acts.offsets[kept + 1].tolist(), strict=True)])
+    kept, held = split_sentences(acts, config)
+    rows = acts.rows(kept)
     with seeded(config.seed):
         model = CLVQVAE(acts.states[source].shape[1], acts.states[target].shape[1], source, target, acts.source["model"],
                         config.subset(ModelSettings)).to(device)
@@ -1471,6 +1525,44 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
     bar.close()
     model.load_state_dict(best)
     return model.eval(), pd.DataFrame(record["history"])
+
+
+@torch.no_grad()
+def sampling(model: CLVQVAE, states: Float[Tensor, "N D"], rows: int = 16384) -> dict[str, float]:
+    """How random training's choice of codes is (equation 4), over these source states.
+
+    sampling_entropy (nats, mean over states) and effective_k, its exponential; nearest_chance, mean probability of the nearest code;
+    gap, median distance by which the second nearest code is farther than the nearest; temperature_in_gaps.
+    """
+    settings, entropy, chance, gaps = model.settings, [], [], []
+    for block in states.split(rows):
+        z = model.encoder(block.to(model.vectors.device).float())
+        near = model.quantizer.distances(z).topk(min(max(2, settings.top_k), settings.n_codes), dim=1, largest=False)[0]
+        p = torch.softmax(-near[:, :settings.top_k].double() / settings.temperature, dim=1)
+        entropy.append(torch.special.entr(p).sum(1))
+        chance.append(p[:, 0])
+        gaps.append(near[:, min(1, near.shape[1] - 1)] - near[:, 0])
+    bits, gap = float(torch.cat(entropy).mean()), float(torch.cat(gaps).median())
+    return {"sampling_entropy": bits, "effective_k": math.exp(bits), "nearest_chance": float(torch.cat(chance).mean()), "gap": gap,
+            "temperature_in_gaps": settings.temperature / gap if gap > 0 else math.inf}
+
+
+@torch.no_grad()
+def references(model: CLVQVAE, acts: Activations, config: TrainSettings) -> dict[str, float]:
+    """Held-out variance of the targets that two simpler things explain: ``by_code_means``, each code's mean target state (what codes say
+    by themselves); ``by_linear_map``, least squares on the source states (what needs no codes and no decoder)."""
+    (x, y), (x_held, y_held) = ([acts.states[layer][acts.rows(part)].double() for layer in (model.layer, model.target_layer)]
+                                for part in split_sentences(acts, config))
+    codes, codes_held = model.assign(x), model.assign(x_held)
+    counts = codes.bincount(minlength=len(model.vectors)).double()
+    means = torch.zeros(len(counts), y.shape[1], dtype=torch.double).index_add_(0, codes, y) / counts.clamp_min(1)[:, None]
+    means[counts == 0] = y.mean(0)
+    centred = x - x.mean(0)
+    ridge = 1e-4 * centred.square().sum() / x.shape[1]                                      # of the mean squared length, for few rows
+    gram = centred.T @ centred + ridge * torch.eye(x.shape[1], dtype=torch.double)
+    linear = y.mean(0) + (x_held - x.mean(0)) @ torch.linalg.solve(gram, centred.T @ (y - y.mean(0)))
+    return {"explained_by_code_means": variance_explained(means[codes_held], y_held),
+            "explained_by_linear_map": variance_explained(linear, y_held)}
 
 
 # ======================================================================================================
@@ -2357,6 +2449,7 @@ def definitions() -> dict[str, tuple[str, frozenset[str]]]:
     return found
 
 
+@cache
 def code_hash(*names: str) -> str:
     """Hash of these functions and of all of this module that they use: changes when what they compute may change."""
     known, todo, seen = definitions(), list(names), set()
@@ -2416,6 +2509,119 @@ def finished(folder: Path, build: Callable[[Path], Any], **record: Any) -> Path:
 
 PROTOCOL = ("CLVQVAE", "CLUSTERS", "SAES", "Trial", "attribute", "clusters", "extract", "sae_concepts", "train", "train_sae", "unlearned")
 """Code that any result on concept methods depends on."""
+MEASURED = ("faithfulness", "references", "sampling", "summarise")
+"""And that what is measured of a training does."""
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """How many processes share the work: $CLVQ_WORKERS; else one a core up to 8, each on one thread, which small models use far better
+    than one process on all cores; none on a GPU, which one process fills."""
+    if wanted := os.environ.get("CLVQ_WORKERS"):
+        return int(wanted)
+    return 0 if torch.cuda.is_available() or cores() < 2 else min(cores(), 8)
+
+
+AT_WORK = threading.Lock()
+"""Threads and stderr are the whole process's: one call at a time, whatever a worker was started with."""
+
+
+def at_work(function: Callable[..., Any], arguments: Sequence[Any], threads: int | None, code: str) -> Any:
+    """What a worker does: one call, its progress kept to itself. Errors that another try would give again come back as values.
+
+    Results are kept in the worker's own cache folder, which workers of several machines may share.
+    """
+    if code != code_hash(function.__name__):
+        raise RuntimeError(f"the worker on {platform.node()} has another version of clvq_core.py")
+    os.environ["CLVQ_WORKERS"] = "0"                                                        # no workers of workers
+    if threads:
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    with AT_WORK, redirect_stderr(io.StringIO()):
+        try:
+            return function(*arguments)
+        except (ValueError, FloatingPointError) as error:
+            return error
+
+
+@contextmanager
+def local_workers(workers: int) -> Iterator[str]:
+    """A scheduler of this machine and so many workers, each a process of its own that ends with this one; yields the address."""
+    from distributed import LocalCluster
+
+    path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with LocalCluster(n_workers=0, processes=False, host="127.0.0.1", protocol="tcp", dashboard_address="127.0.0.1:0",
+                      silence_logs=logging.CRITICAL) as cluster, ExitStack() as stack:
+        for _ in range(workers):
+            worker = subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address, "--nthreads", "1",
+                                       "--memory-limit", "0", "--no-dashboard", "--death-timeout", "60", "--local-directory",
+                                       tempfile.gettempdir()],
+                                      env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            stack.callback(worker.wait)
+            stack.callback(worker.terminate)
+        yield cluster.scheduler_address
+
+
+def side_by_side(function: Callable[..., Any], calls: Sequence[Sequence[Any]], workers: int | None = None, scheduler: str = "",
+                 threads: int | None = None, resources: Mapping[str, float] | None = None, retries: int = 1) -> Iterator[tuple[int, Any]]:
+    """Each call's index and result, or its exception, in the order in which they are done.
+
+    In this process (``workers`` 0), in so many processes of this machine, each with its share of the cores, or on the workers of a
+    dask scheduler ("tcp://host:8786") that have ``resources`` free ({"GPU": 1}). Dask repeats the calls of a worker that dies;
+    what fails otherwise is tried ``retries`` times more.
+    """
+    workers = default_workers() if workers is None else workers
+    if not scheduler and (workers < 2 or len(calls) < 2):
+        for i, arguments in enumerate(calls):
+            for left in range(retries, -1, -1):
+                try:
+                    yield i, function(*arguments)
+                except Exception as error:
+                    if left and not isinstance(error, ValueError | FloatingPointError):
+                        continue
+                    yield i, error
+                break
+        return
+    from distributed import Client, as_completed
+
+    with ExitStack() as stack:
+        if not scheduler:
+            workers = min(workers, len(calls))
+            threads = threads or max(1, cores() // workers)
+            scheduler = stack.enter_context(local_workers(workers))
+        try:
+            client = stack.enter_context(Client(scheduler, timeout=20, set_as_default=False))
+        except Exception as error:
+            raise ValueError(f"there is no scheduler at {scheduler}: start one with 'dask scheduler' and name its address") from error
+        there = [worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+        if not any(all(has.get(name, 0) >= amount for name, amount in (resources or {}).items()) for has in there):
+            tqdm.write(f"waiting for a worker{f' with {dict(resources)}' if resources else ''}: there is none yet", file=sys.stderr)
+        futures = {client.submit(at_work, function, arguments, threads, code_hash(function.__name__), pure=False, retries=retries,
+                                 resources=dict(resources or {})): i for i, arguments in enumerate(calls)}
+        for future in as_completed(futures, loop=client.loop):
+            yield futures[future], future.exception() if future.status == "error" else future.result()
+            future.release()
+
+
+def ahead(wanted: Sequence[tuple[Any, ...]], workers: int | None = None) -> None:
+    """Compute results of pipelines, (pipeline, name, arguments…), side by side, so that they are kept when they are asked for.
+
+    What fails here fails again where it is asked for.
+    """
+    missing = [(pipeline.config, pipeline.cache, *what) for pipeline, *what in wanted if not pipeline.has(*what)]
+    bar = tqdm(total=len(missing), desc="computing side by side", unit="result", disable=not missing)
+    for _ in side_by_side(compute, missing, workers, retries=0):
+        bar.update()
+    bar.close()
+
+
+def compute(config: Config, cache: Path, result: str, *arguments: Any) -> None:
+    """Compute and keep a result of a pipeline."""
+    Pipeline(config, cache).get(result, *arguments)
 
 
 UNDONE: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform", "learning_rate": 1e-3,
@@ -2423,12 +2629,22 @@ UNDONE: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filt
 """Choices of the ``authors`` preset that `Pipeline.released` undoes one at a time, and what they become."""
 
 
+@lru_cache(maxsize=4)
+def kept_corpus(settings: CorpusSettings, _: str) -> pd.DataFrame:
+    """The corpus, read once for all runs of this process that share it, as long as the file's hash stays."""
+    return load_corpus(settings)
+
+
+class NotKept(Exception):
+    """A step that is not there yet was asked for, of a pipeline that must not compute."""
+
+
 class Pipeline:
     """Every step from a corpus to its results. A step is computed when first asked for, and kept under a hash of its settings,
     its inputs and its code, so that another notebook or a second run finds it done."""
 
     def __init__(self, config: Config, cache: Path | None = None) -> None:
-        self.config, self.cache = config, cache or cache_folder()
+        self.config, self.cache, self.only_kept = config, cache or cache_folder(), False
 
     def check(self) -> Pipeline:
         """ValueError in one sentence, in seconds, for data, model, layers or sizes that cannot serve."""
@@ -2436,13 +2652,30 @@ class Pipeline:
         if (width := self.model_config.hidden_size) % config.decoder_heads:
             raise ValueError(f"decoder_heads must divide the model's width {width}, and {config.decoder_heads} does not")
         check_folds(self.test["label"].to_numpy(), config)
-        counts = pd.Series([word for text in self.train["text"] for word in split_words(text, config.words)]).value_counts()
-        if config.frequency_filter != "none":
-            counts = counts[counts >= config.min_count].clip(upper=config.max_count)
-        if (states := int(counts.sum()) + len(self.train)) < config.n_codes:
+        if (states := int(self.expected_states * config.train_share)) < config.n_codes:
             raise ValueError(f"n_codes={config.n_codes} is more than the {states} states that the training text gives: "
                              "lower n_codes or take more text")
         return self
+
+    @cached_property
+    def expected_states(self) -> int:
+        """How many training states the text will give; a few less where the tokenizer drops words."""
+        config = self.config
+        counts = pd.Series([word for text in self.train["text"] for word in split_words(text, config.words)]).value_counts()
+        if config.frequency_filter != "none":
+            counts = counts[counts >= config.min_count].clip(upper=config.max_count)
+        return int(counts.sum()) + len(self.train)
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What training will take, at most, before anything is computed: states, gflop, memory_mib of states, disk_mib of states."""
+        config, width = self.config, self.model_config.hidden_size
+        states = self.expected_states * config.train_share
+        layers = self.model_config.num_hidden_layers + 1 if config.all_layers else 2
+        weights = 2 * width**2 + config.decoder_layers * (8 * width**2 + 2 * width * config.feedforward)
+        flop = states * config.epochs * (6 * weights + 2 * config.n_codes * width)
+        return {"states": int(states), "gflop": flop / 1e9, "memory_mib": states * width * 8 / 2**20,
+                "disk_mib": self.expected_states * layers * width * 2 / 2**20}
 
     def changed(self, **settings: Any) -> Pipeline:
         """The same with some settings changed."""
@@ -2457,12 +2690,32 @@ class Pipeline:
         """The step's folder; ``code`` names the functions it runs, ``inputs`` are what else it depends on."""
         device, versions = best_device(), [importlib.metadata.version(package) for package in ("torch", "transformers")]
         key = hash_text(name, code_hash(*code), versions, device.type, uses_bfloat16(device, "auto"), inputs)
-        return finished(self.cache / f"{name}-{key[:20]}", build, step=name, seed=self.config.seed)
+        folder = self.cache / f"{name}-{key[:20]}"
+        if self.only_kept and not folder.exists():
+            raise NotKept(name)
+        return finished(folder, build, step=name, seed=self.config.seed)
+
+    def get(self, result: str, *arguments: Any) -> Any:
+        """A result by its name, with arguments where it takes some."""
+        value = getattr(self, result)
+        return value(*arguments) if isinstance(value, MethodType) else value
+
+    def has(self, result: str, *arguments: Any) -> bool:
+        """Whether a result of these settings (not one of several seeds or settings) is kept already."""
+        self.only_kept = True
+        try:
+            self.get(result, *arguments)
+        except NotKept:
+            return False
+        finally:
+            self.only_kept = False
+        return True
 
     @cached_property
     def corpus(self) -> pd.DataFrame:
         """The corpus; `load_corpus`."""
-        return load_corpus(self.config)
+        settings, path = self.config.subset(CorpusSettings), Path(self.config.dataset).expanduser()
+        return kept_corpus(settings, hash_file(path) if path.is_file() else "")
 
     @cached_property
     def train(self) -> pd.DataFrame:
@@ -2539,10 +2792,10 @@ class Pipeline:
 
         return Activations.load(self.step("activations", build, ["extract"], *self.inputs(frame), layers, split == "train", settings))
 
-    def states_inputs(self) -> list[Any]:
-        """What the training states depend on."""
+    def states_inputs(self, split: Literal["train", "test"] = "train") -> list[Any]:
+        """What the states of a split depend on."""
         settings = self.config.subset(ActivationSettings)
-        return [*self.inputs(self.train), replace(settings, source_layer=None, target_layer=None, all_layers=False)]
+        return [*self.inputs(getattr(self, split)), replace(settings, source_layer=None, target_layer=None, all_layers=False)]
 
     def train_folder(self, layers: tuple[int, int]) -> Path:
         """Folder of a CLVQ-VAE between two of the kept layers: config.json, model.safetensors, metrics.parquet, environment.json."""
@@ -2618,10 +2871,26 @@ class Pipeline:
         return tokens.loc[tokens.groupby("sentence")["salience"].idxmax()]
 
     def trial_of(self, layers: Sequence[int]) -> Trial:
-        """The evaluation sentences as the tests of faithfulness take them, with states of these layers."""
+        """The evaluation sentences as the tests of faithfulness take them, with states of these layers; their probes are kept."""
+        from safetensors.torch import load_file, save_file
+
         labels, predicted = torch.tensor(self.test["label"].to_numpy()), torch.tensor(self.salience[1].to_numpy().argmax(1))
         train, test = self.activations("train", layers), self.activations("test", layers)
-        return Trial(train, test, self.salience[0], labels, predicted, self.config)
+        trial = Trial(train, test, self.salience[0], labels, predicted, self.config)
+
+        @cache
+        def probes(layer: int) -> Probes:
+            def build(partial: Path) -> None:
+                found = train_probes(trial.summaries(layer)[None], labels, trial.folds, self.config)
+                save_file({k: v.detach().contiguous() for k, v in found._asdict().items()}, partial / "probes.safetensors")
+
+            settings = replace(self.config.subset(ProbeSettings), bootstrap=1)
+            inputs = [*self.states_inputs("test"), labels.tolist(), layer, settings]
+            folder = self.step("probes", build, ["train_probes", "make_folds", "extract"], *inputs)
+            return Probes(**load_file(folder / "probes.safetensors"))
+
+        trial.probes = probes                                                               # type: ignore[method-assign]
+        return trial
 
     @cached_property
     def trial(self) -> Trial:
@@ -2684,9 +2953,38 @@ class Pipeline:
                            self.inputs(self.train), self.inputs(self.test), self.test["label"].tolist(), self.layers, *inputs)
         return pd.read_parquet(folder / "results.parquet")
 
-    def of_seeds(self, results: str) -> pd.DataFrame:
-        """One of the tables of results below, of all seeds."""
-        return concat([getattr(pipeline, results) for pipeline in self.over_seeds])
+    def of_seeds(self, result: str) -> pd.DataFrame:
+        """One of the tables of results below, of all seeds; those that are not kept are computed side by side."""
+        ahead([(pipeline, result) for pipeline in self.over_seeds])
+        return concat([pipeline.get(result) for pipeline in self.over_seeds])
+
+    @cached_property
+    def measured(self) -> pd.DataFrame:
+        """What a training of CLVQ-VAE gave, a row a measurement: metric, epoch (missing for what is of the best epoch), value.
+
+        `train`'s history; then `evaluate`'s figures of the best epoch, seconds, `sampling` and `references` over the held-out
+        and training states, and of the evaluation sentences the probe's accuracy by what is removed and how ("accuracy concept
+        projection"), its deviation over folds, and the share of flipped answers.
+        """
+
+        def compute() -> pd.DataFrame:
+            model, history, acts = self.clvqvae, self.history, self.activations("train")
+            best = history.sort_values("validation_loss").iloc[0]
+            found = {re.sub("^validation_", "", str(name)): value for name, value in best.items() if name != "seconds"}
+            found |= {"best_epoch": found.pop("epoch"), "epochs": len(history) - 1, "training_seconds": history["seconds"].sum()}
+            held = acts.states[self.layers[0]][acts.rows(split_sentences(acts, self.config)[1])]
+            found |= sampling(model, held) | references(model, acts, self.config)
+            trial, h = self.trial, self.trial.summaries(self.layers[0])
+            variants = {("nothing", "none"): h} | trial.variants(model, ("projection", "centred"))
+            table = summarise(trial.results(model, variants, ("removed", "way")), replace(self.config, bootstrap=1))
+            for row in table.to_dict("records"):
+                names = "nothing" if row["removed"] == "nothing" else f"{row['removed']} {row['way']}"
+                found |= {f"{value} {names}": row[value] for value in ("accuracy", "accuracy_sd_folds", "flipped")}
+            end = pd.DataFrame({"metric": list(found), "epoch": math.nan, "value": list(map(float, found.values()))})
+            curves = history.melt("epoch", var_name="metric").dropna()
+            return pd.concat([curves.astype({"epoch": float, "value": float}), end], ignore_index=True)
+
+        return self.kept("measured", compute, MEASURED)
 
     @cached_property
     def faithfulness(self) -> pd.DataFrame:
@@ -2755,8 +3053,9 @@ class Pipeline:
         """
         theirs = self.changed(epochs=max(2, self.config.epochs // 2), **{name: PRESETS["authors"][name] for name in UNDONE})
         rows = []
-        for undone in tqdm(["none", *UNDONE], desc="choices of the released code", unit="run"):
-            run = theirs if undone == "none" else theirs.changed(**{undone: UNDONE[undone]})
+        runs = {"none": theirs} | {undone: theirs.changed(**{undone: ours}) for undone, ours in UNDONE.items()}
+        ahead([(run, "alone") for run in runs.values()])
+        for undone, run in tqdm(runs.items(), desc="choices of the released code", unit="run"):
             try:
                 model, acts = run.clvqvae, run.activations("train")
             except FloatingPointError:
@@ -2892,14 +3191,6 @@ def run_notebook(path: Path, output: Path, scale: str | None = None, parameters:
     return output
 
 
-# ======================================================================================================
-# 16 Command line
-# ======================================================================================================
-def folder_size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def parse_value(text: str) -> Any:
     """A parameter's value from the command line: a number, true, false or none if it reads as one, else text."""
     words = {"true": True, "false": False, "none": None}
@@ -2913,6 +3204,214 @@ def parse_value(text: str) -> Any:
     return text
 
 
+class Run(NamedTuple):
+    """One run of a sweep: a training of CLVQ-VAE and what `Pipeline.measured` finds of it, or a notebook and the numbers it hands on."""
+
+    scale: str
+    settings: dict[str, Any]
+    """What differs from the scale; a notebook's parameters."""
+    notebook: str = ""
+    """Path of the notebook; none: a training."""
+
+    @property
+    def config(self) -> Config:
+        """The settings in full."""
+        known = {field.name for field in fields(Config)}
+        return configure(self.scale, **{name: value for name, value in self.settings.items() if name in known or not self.notebook})
+
+    @property
+    def name(self) -> str:
+        """Hash of what the run depends on: settings, code, text, weights."""
+        pipeline = Pipeline(self.config)
+        weights = [hash_file(path) for path in sorted(find_model(self.config.model).glob("*.safetensors"))]
+        code = notebook_code_hash(Path(self.notebook)) if self.notebook else code_hash(*MEASURED, *PROTOCOL, "finetune")
+        return hash_text(pipeline.config, self.settings if self.notebook else 0, code, pipeline.corpus.attrs["hash"], weights)[:16]
+
+    def check(self) -> None:
+        """ValueError in one sentence if it cannot run."""
+        if self.notebook:
+            check_parameters(Path(self.notebook), self.scale, self.settings)
+        else:
+            Pipeline(self.config).check()
+
+
+def execute(run: Run) -> tuple[pd.DataFrame, str]:
+    """A run's measurements (metric, epoch, value), and the executed notebook as text. A failed notebook stays in the cache folder."""
+    import nbformat
+
+    if not run.notebook:
+        return Pipeline(run.config).measured, ""
+    path = run_notebook(Path(run.notebook), cache_folder() / "notebooks" / f"{run.name}.ipynb", run.scale, run.settings)
+    text = path.read_text("utf8")
+    path.unlink()
+    found: dict[str, float] = {}
+    for output in (o for cell in nbformat.reads(text, 4).cells if cell.cell_type == "code" for o in cell.outputs):
+        for kind, value in output.get("data", {}).items():
+            if "scrapbook" in output.get("metadata", {}) and kind.endswith("text/plain") and isinstance(parse_value(value), int | float):
+                found[output.metadata["scrapbook"]["name"]] = float(parse_value(value))
+    return pd.DataFrame({"metric": list(found), "epoch": math.nan, "value": list(found.values())}), text
+
+
+SWEEP_KEYS = ("scale", "notebook", "settings", "grid", "runs")
+
+
+def read_sweep(path: Path) -> list[Run]:
+    """The runs of a YAML file: ``scale``, ``notebook`` (none: trainings), ``settings`` of all runs, ``grid`` (every combination of these
+    values) and ``runs`` (a list of settings, each combined with the grid). ValueError in one sentence for what cannot run."""
+    import yaml
+
+    def named(part: Any, what: str) -> dict[str, Any]:
+        if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
+            raise ValueError(f"{path}: {what} must be names with values, not {part!r}")
+        return {name: parse_value(value) if isinstance(value, str) else value for name, value in part.items()}  # YAML reads 1e-3 as text
+
+    try:
+        sweep = yaml.safe_load(path.read_text("utf8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    sweep = named(sweep, f"a sweep's keys ({', '.join(SWEEP_KEYS)})")
+    if unknown := [key for key in sweep if key not in SWEEP_KEYS]:
+        raise ValueError(f"{path} has an unknown key {unknown[0]!r}; it may have {', '.join(SWEEP_KEYS)}")
+    scale, notebook = sweep.get("scale", "laptop"), sweep.get("notebook", "")
+    grid = {name: values if isinstance(values, list) else [values] for name, values in named(sweep.get("grid", {}), "grid").items()}
+    if not isinstance(scale, str) or not isinstance(notebook, str) or "scale" in grid:
+        raise ValueError(f"{path}: scale and notebook must each be one text, the same for all runs")
+    if empty := [name for name, values in grid.items() if not values]:
+        raise ValueError(f"{path}: grid has no values of {empty[0]}")
+    own = sweep.get("runs", [{}])
+    if not isinstance(own, list) or not own:
+        raise ValueError(f"{path}: runs must be a list of settings, not {own!r}")
+    grid = {name: [parse_value(value) if isinstance(value, str) else value for value in values] for name, values in grid.items()}
+    common = named(sweep.get("settings", {}), "settings")
+    runs = [Run(scale, {**common, **dict(zip(grid, values, strict=True)), **named(part, "each of the runs")}, notebook)
+            for part in own for values in itertools.product(*grid.values())]
+    for run in runs:
+        run.check()
+    return runs
+
+
+def sweep_runs(folder: Path) -> dict[str, Run]:
+    """The runs of a sweep's folder by name."""
+    return {name: Run(*run) for name, run in json.loads((folder / "sweep.json").read_text("utf8")).items()}
+
+
+def sweep_results(folder: Path) -> pd.DataFrame:
+    """What the finished runs of a sweep measured, a row a measurement: run, metric, epoch, value, and all settings as columns.
+    Also written to the folder's results.parquet."""
+    parts = []
+    for name, run in sweep_runs(folder).items():
+        if (path := folder / f"{name}.parquet").exists():
+            settings = {**asdict(run.config), **run.settings, "scale": run.scale}
+            parts.append(pd.read_parquet(path).assign(run=name, **settings))
+    found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["metric", "epoch", "value", "run"])
+    write_whole(folder / "results.parquet", found.to_parquet)
+    return found
+
+
+def run_sweep(runs: Sequence[Run], folder: Path, workers: int | None = None, scheduler: str = "", threads: int | None = None,
+              resources: Mapping[str, float] | None = None, retries: int = 1, strict: bool = True) -> pd.DataFrame:
+    """Do all runs that are not done, `side_by_side`, and return `sweep_results`; if some failed, RuntimeError at the end, or a line on
+    stderr where not ``strict``.
+
+    Each run is written to the folder as it ends, so that a killed sweep goes on where it was; runs that failed are tried again
+    by the next call. Equal runs are done once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {run.name: run for run in runs}
+    write_whole(folder / "sweep.json", lambda partial: partial.write_text(json.dumps(named, indent=1), "utf8"))
+    todo = [name for name in named if not (folder / f"{name}.parquet").exists()]
+    failed: dict[str, str] = {}
+    with tqdm(total=len(named), initial=len(named) - len(todo), desc="sweep", unit="run", disable=not todo) as bar:
+        calls = [(named[name],) for name in todo]
+        for i, result in side_by_side(execute, calls, workers, scheduler, threads, resources, retries):
+            name = todo[i]
+            error = folder / f"{name}.error.txt"
+            if isinstance(result, BaseException):
+                failed[name] = f"{type(result).__name__}: {result}"
+                error.write_text("".join(traceback.format_exception(result)), "utf8")
+                bar.set_postfix(failed=len(failed))
+            else:
+                rows, text = result
+                if text:
+                    write_whole(folder / f"{name}.ipynb", lambda partial, text=text: partial.write_text(text, "utf8"))     # type: ignore[misc]
+                write_whole(folder / f"{name}.parquet", rows.to_parquet)
+                error.unlink(missing_ok=True)
+            bar.update()
+    results = sweep_results(folder)
+    if failed:
+        name, error_text = next(iter(failed.items()))
+        message = (f"{len(failed)} of {len(named)} runs failed, to be tried again by the next call; the first: {error_text} "
+                   f"(settings {named[name].settings}, see {folder / name}.error.txt)")
+        if strict:
+            raise RuntimeError(message)
+        tqdm.write(message, file=sys.stderr)
+    return results
+
+
+def seed_means(results: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+    """A row for each combination of ``by`` in order of appearance: mean over seeds of each metric (of the end, not of an epoch), with
+    its 95 % interval by Student's t (columns …_low and …_high, missing for one seed), and how many seeds."""
+    from scipy.stats import t
+
+    end = results[results["epoch"].isna() & results["metric"].isin(list(metrics))]
+    rows = []
+    for key, part in end.groupby(list(by), sort=False, dropna=False):
+        values = part.pivot_table(index="run", columns="metric", values="value")
+        n, row = len(values), dict(zip(by, key, strict=True))
+        half = t.ppf(0.975, n - 1) * values.std() / math.sqrt(n) if n > 1 else values.mean() * math.nan
+        for name in [name for name in metrics if name in values]:
+            mean = values[name].mean()
+            row |= {name: mean, f"{name}_low": mean - half[name], f"{name}_high": mean + half[name]}
+        rows.append({**row, "seeds": n})
+    return pd.DataFrame(rows)
+
+
+def means_text(table: pd.DataFrame, metrics: Mapping[str, str], digits: int = 3) -> pd.DataFrame:
+    """For people: "mean (low to high)" for each metric of `seed_means`, under new column names; other columns stay."""
+    out = table[[name for name in table if not any(str(name).startswith(metric) for metric in metrics)]].copy()
+    for metric, title in metrics.items():
+        low, high = table[f"{metric}_low"], table[f"{metric}_high"]
+        out[title] = [f"{mean:,.{digits}f}" + ("" if math.isnan(a) else f" ({a:,.{digits}f} to {b:,.{digits}f})")
+                      for mean, a, b in zip(table[metric], low, high, strict=True)]
+    return out
+
+
+def studies(config: ModelSettings) -> dict[str, list[dict[str, Any]]]:
+    """The settings that each ablation study varies: the paper's tables 2, 3, 7, 8, 9, 10, then how much passes around the codes, and
+    what keeps codes in use. Sizes are the paper's, for its 400 codes, in proportion to `n_codes`; two temperatures are hotter than its."""
+    codes = sorted({max(2, config.n_codes * k // 400) for k in (50, 100, 400, 800, 1200)})
+
+    def near(*most: int) -> list[int]:
+        return sorted({min(k, config.n_codes) for k in most})
+
+    fixed = [dict(alpha="fixed", fixed_alpha=a) for a in (0.0, 0.1, 0.4, 0.75, 1.0)]
+    memories = ("encoder", "quantized", "shuffled", "constant", "none")
+    return {
+        "sampling": [*(dict(temperature=t) for t in (0.5, 1.0, 2.0, 3.0, 30.0, 300.0)), *(dict(top_k=k) for k in near(1, 10, 50, 100))],
+        "start": [dict(start=start) for start in ("spherical", "kmeans++", "random")],
+        "codes": [dict(n_codes=k, **({"top_k": k} if k < config.top_k else {})) for k in codes],
+        "alpha": [dict(alpha="adaptive"), dict(alpha="complete"), *fixed],
+        "commitment": [dict(commitment=beta) for beta in (0.0, 0.1, 0.3, 0.6, 1.0)],
+        "faithfulness": [*(dict(top_k=k) for k in near(1, 10, 100, config.n_codes)),
+                         *(dict(top_k=config.n_codes, temperature=t) for t in (0.1, 2.0, 4.0))],
+        "leak": [dict(memory=memory, mask=mask) for mask in ("causal", "none") for memory in memories],
+        "health": [{}, dict(replace_dead=0.05), dict(distance="euclidean"), dict(distance="cosine")],
+    }
+
+
+STUDY: dict[str, dict[str, Any]] = {"smoke": dict(train_share=0.5, epochs=2),
+                                    "laptop": dict(train_share=0.15, validation_share=0.05, batch_sentences=16, feedforward=512, epochs=4)}
+"""What each scale changes where a hundred trainings are compared; the other scales: nothing."""
+
+
+# ======================================================================================================
+# 16 Command line
+# ======================================================================================================
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def command_run(options: argparse.Namespace) -> None:
     parameters = {name: parse_value(value) for name, value in options.parameters}
     if len(options.notebooks) > 1 and options.output.suffix == ".ipynb":
@@ -2924,6 +3423,79 @@ def command_run(options: argparse.Namespace) -> None:
         began = time.perf_counter()
         run_notebook(path, output, options.scale, parameters, options.timeout)
         print(f"{path} -> {output} ({time.perf_counter() - began:.0f} s)")
+
+
+def command_sweep(options: argparse.Namespace) -> None:
+    runs = {run.name: run for run in read_sweep(options.grid)}
+    folder = options.output or Path("sweeps") / options.grid.stem
+    if options.dry_run:
+        seconds, rows = seconds_per_gflop(folder), []
+        for name, run in runs.items():
+            state = "done" if (folder / f"{name}.parquet").exists() else "failed" if (folder / f"{name}.error.txt").exists() else "to do"
+            cost = {} if run.notebook else Pipeline(run.config).cost
+            rows.append({"run": name, **run.settings, "state": state, **cost, "seconds": cost.get("gflop", math.nan) * seconds})
+        table = pd.DataFrame(rows)
+        left, workers = table[table["state"] != "done"], default_workers() if options.workers is None else options.workers
+        print(table.to_string(index=False, float_format="{:.4g}".format, na_rep="-"))
+        print(f"{len(table)} runs, {len(table) - len(left)} of them done; training the others takes about "
+              f"{left['seconds'].sum() / max(1, workers) / 60:,.1f} min with {max(1, workers)} at a time, beside states and fine-tuning")
+        return
+    resources = {name: parse_value(amount) for name, amount in options.resources}
+    if bad := [amount for amount in resources.values() if not isinstance(amount, int | float)]:
+        raise ValueError(f"--resource takes a name and an amount, such as GPU 1, not {bad[0]!r}")
+    print_results(run_sweep(list(runs.values()), folder, options.workers, options.scheduler, options.threads, resources, options.retries))
+    print(f"all {len(runs)} runs: {folder / 'results.parquet'}")
+
+
+def seconds_per_gflop(folder: Path) -> float:
+    """How long a training takes for its arithmetic: in the finished runs of a sweep; before there are any, twice that of a product of
+    matrices of the size of a layer on one thread."""
+    if (folder / "sweep.json").exists() and len(done := sweep_results(folder)):
+        taken = done[done["metric"] == "training_seconds"].set_index("run")["value"]
+        cost = {name: Pipeline(run.config).cost["gflop"] for name, run in sweep_runs(folder).items() if name in taken}
+        return float((taken / pd.Series(cost)).median())
+    a, b, began = torch.randn(256, 768), torch.randn(768, 768), time.perf_counter()
+    for _ in range(50):
+        a @ b
+    return 2 * (time.perf_counter() - began) * 1e9 / (50 * 2 * 256 * 768 * 768)
+
+
+MAIN_METRICS = ("variance_explained", "perplexity", "codes_used", "effective_k", "accuracy nothing", "accuracy concept projection",
+                "accuracy random code projection")
+
+
+def print_results(results: pd.DataFrame, metrics: Sequence[str] = ()) -> None:
+    """A row for each combination of what the runs vary, but for the seed, with the mean of each metric over seeds."""
+    fixed = {"run", "metric", "epoch", "value", "seed"}
+    vary = [str(name) for name in results if name not in fixed and results[name].astype(str).nunique() > 1] or ["scale"]
+    there = list(dict.fromkeys(results["metric"]))
+    if unknown := [name for name in metrics if name not in there]:
+        raise ValueError(f"there is no metric {unknown[0]!r}; there are {', '.join(there)}")
+    wanted = list(metrics) or [name for name in MAIN_METRICS if name in there] or there
+    table = seed_means(results, vary, wanted)
+    shown = table[[name for name in table if not str(name).endswith(("_low", "_high"))]]
+    print(shown.to_string(index=False, float_format="{:,.4g}".format))
+
+
+def command_results(options: argparse.Namespace) -> None:
+    if not (options.sweep / "sweep.json").exists():
+        raise ValueError(f"{options.sweep} is no folder of a sweep: name the one that 'clvq sweep' wrote, such as sweeps/grid")
+    results = sweep_results(options.sweep)
+    if results.empty:
+        raise ValueError(f"no run of {options.sweep} is finished")
+    for name, text in options.where:
+        if name not in results:
+            raise ValueError(f"the results have no column {name!r}; they have {', '.join(map(str, results))}")
+        value = parse_value(text)
+        results = results[results[name].isna() if value is None else results[name] == value]
+    if results.empty:
+        raise ValueError("no result has these values")
+    if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(options.csv, lambda partial: results.to_csv(partial, index=False))
+        print(f"{len(results):,} measurements of {results['run'].nunique()} runs: {options.csv}")
+    else:
+        print_results(results, options.metric)
 
 
 def command_info(options: argparse.Namespace) -> None:
@@ -2964,6 +3536,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--timeout", type=int, default=7200, help="seconds a cell may take (default: 7200)")
     run.set_defaults(call=command_run)
 
+    sweep = commands.add_parser("sweep", help="train, or run a notebook, with many settings",
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
+                                description="Do all runs of a YAML file that are not done yet. What failed is tried again.",
+                                epilog="""a file:
+  scale: laptop
+  settings: {dataset: movies, epochs: 5}      # of all runs
+  grid: {temperature: [0.5, 1, 2], seed: [42, 43, 44]}
+  runs: [{start: spherical}, {start: random}] # each with the whole grid; may be left out
+  # notebook: notebooks/02_faithfulness.ipynb   instead of trainings
+
+examples:
+  clvq sweep grid.yaml --dry-run
+  clvq sweep grid.yaml --workers 4
+  clvq sweep grid.yaml --scheduler tcp://host:8786 --resource GPU 1""")
+    sweep.add_argument("grid", type=Path, metavar="GRID.yaml")
+    sweep.add_argument("--dry-run", action="store_true", help="print the runs, their cost, and which are done")
+    sweep.add_argument("-o", "--output", type=Path, help="folder of the results (default: sweeps/NAME of the file)")
+    sweep.add_argument("--workers", type=int, help="processes on this machine, 0: this one (default: one a core; 0 on a GPU)")
+    sweep.add_argument("--scheduler", default="", metavar="ADDRESS", help="address of a running dask scheduler, instead of --workers")
+    sweep.add_argument("--threads", type=int, help="threads of each run (default: its share of the cores; on a cluster the worker's)")
+    sweep.add_argument("--resource", dest="resources", nargs=2, action="append", default=[], metavar=("NAME", "AMOUNT"),
+                       help="what a run needs of a worker, such as GPU 1")
+    sweep.add_argument("--retries", type=int, default=1, help="how often a run that fails is tried again at once (default: 1)")
+    sweep.set_defaults(call=command_sweep)
+
+    results = commands.add_parser("results", help="print, filter or export the results of a sweep",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
+  clvq results sweeps/grid
+  clvq results sweeps/grid --where temperature 0.5 --metric perplexity --metric "accuracy concept projection"
+  clvq results sweeps/grid --csv all.csv""")
+    results.add_argument("sweep", type=Path, metavar="SWEEP", help="the folder of the sweep")
+    results.add_argument("--where", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="only runs with this setting")
+    results.add_argument("--metric", action="append", default=[], help="show this one (may be repeated)")
+    results.add_argument("--csv", type=Path, help="write all measurements to this file instead")
+    results.set_defaults(call=command_results)
+
     info = commands.add_parser("info", help="versions, device, cache size")
     info.set_defaults(call=command_info)
 
@@ -2979,11 +3587,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"clvq: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, FloatingPointError) as error:
+    except (RuntimeError, FloatingPointError, OSError) as error:
         print(f"clvq: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import clvq_core  # so that workers find its functions by this name, not in __main__
+
+    sys.exit(clvq_core.main())
