@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
 import difflib
 import hashlib
 import html
@@ -370,7 +371,7 @@ class Config(ProbeSettings, BaselineSettings, ConceptSettings, TrainSettings, Mo
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(train_sentences=600, test_sentences=200, finetune_epochs=1, min_count=2, all_layers=True, n_codes=50, start_iterations=5,
+    "smoke": dict(train_sentences=600, test_sentences=120, finetune_epochs=1, min_count=2, all_layers=True, n_codes=50, start_iterations=5,
                   decoder_layers=1, feedforward=256, epochs=4, salience_steps=4, cluster_points=1500, sae_epochs=2, seeds=2, folds=5,
                   probe_epochs=30, bootstrap=200),
     "laptop": dict(test_sentences=1000, all_layers=True, decoder_layers=1, feedforward=1024, dropout=0.0, epochs=6, batch_sentences=32,
@@ -2548,22 +2549,22 @@ def at_work(function: Callable[..., Any], arguments: Sequence[Any], threads: int
             return error
 
 
-@contextmanager
-def local_workers(workers: int) -> Iterator[str]:
-    """A scheduler of this machine and so many workers, each a process of its own that ends with this one; yields the address."""
+@cache
+def local_workers(workers: int, folder: Path) -> str:
+    """Address of a scheduler of this process with so many workers, each a process of its own, whose cache is ``folder``. They are started
+    once, and end with this process however it ends."""
     from distributed import LocalCluster
 
+    cluster = LocalCluster(n_workers=0, processes=False, host="127.0.0.1", protocol="tcp", dashboard_address="127.0.0.1:0",
+                           silence_logs=logging.CRITICAL)
     path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with LocalCluster(n_workers=0, processes=False, host="127.0.0.1", protocol="tcp", dashboard_address="127.0.0.1:0",
-                      silence_logs=logging.CRITICAL) as cluster, ExitStack() as stack:
-        for _ in range(workers):
-            worker = subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address, "--nthreads", "1",
-                                       "--memory-limit", "0", "--no-dashboard", "--death-timeout", "60", "--local-directory",
-                                       tempfile.gettempdir()],
-                                      env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            stack.callback(worker.wait)
-            stack.callback(worker.terminate)
-        yield cluster.scheduler_address
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address, "--nthreads", "1", "--memory-limit", "0",
+               "--no-dashboard", "--death-timeout", "60", "--local-directory", tempfile.gettempdir()]
+    for _ in range(workers):
+        worker = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path, "CLVQ_CACHE": str(folder)}, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        atexit.register(worker.terminate)
+    return cluster.scheduler_address
 
 
 def side_by_side(function: Callable[..., Any], calls: Sequence[Sequence[Any]], workers: int | None = None, scheduler: str = "",
@@ -2588,17 +2589,17 @@ def side_by_side(function: Callable[..., Any], calls: Sequence[Sequence[Any]], w
         return
     from distributed import Client, as_completed
 
+    local = False
     with ExitStack() as stack:
         if not scheduler:
-            workers = min(workers, len(calls))
-            threads = threads or max(1, cores() // workers)
-            scheduler = stack.enter_context(local_workers(workers))
+            threads, local = threads or max(1, cores() // workers), True
+            scheduler = local_workers(workers, cache_folder())
         try:
             client = stack.enter_context(Client(scheduler, timeout=20, set_as_default=False))
         except Exception as error:
             raise ValueError(f"there is no scheduler at {scheduler}: start one with 'dask scheduler' and name its address") from error
         there = [worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
-        if not any(all(has.get(name, 0) >= amount for name, amount in (resources or {}).items()) for has in there):
+        if not local and not any(all(has.get(name, 0) >= amount for name, amount in (resources or {}).items()) for has in there):
             tqdm.write(f"waiting for a worker{f' with {dict(resources)}' if resources else ''}: there is none yet", file=sys.stderr)
         futures = {client.submit(at_work, function, arguments, threads, code_hash(function.__name__), pure=False, retries=retries,
                                  resources=dict(resources or {})): i for i, arguments in enumerate(calls)}
