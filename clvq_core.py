@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import ast
 import atexit
+import ctypes
 import difflib
 import hashlib
 import html
@@ -50,7 +51,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -2527,6 +2528,16 @@ def default_workers() -> int:
     return 0 if torch.cuda.is_available() or cores() < 2 else min(cores(), 8)
 
 
+@cache
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed. Dask starts workers so that it goes back to the system at once, and every training step has to fetch
+    its memory anew, page by page: 58 instead of 37 ms a step."""
+    with suppress(OSError, AttributeError, TypeError):                                      # not glibc
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(-1, 2**30)                                                           # M_TRIM_THRESHOLD
+        malloc.mallopt(-3, 2**25)                                                           # M_MMAP_THRESHOLD, its largest value
+
+
 AT_WORK = threading.Lock()
 """Threads and stderr are the whole process's: one call at a time, whatever a worker was started with."""
 
@@ -2538,6 +2549,7 @@ def at_work(function: Callable[..., Any], arguments: Sequence[Any], threads: int
     """
     if code != code_hash(function.__name__):
         raise RuntimeError(f"the worker on {platform.node()} has another version of clvq_core.py")
+    keep_freed_memory()
     os.environ["CLVQ_WORKERS"] = "0"                                                        # no workers of workers
     if threads:
         torch.set_num_threads(threads)
