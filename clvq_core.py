@@ -3413,7 +3413,7 @@ def studies(config: ModelSettings) -> dict[str, list[dict[str, Any]]]:
 
 
 STUDY: dict[str, dict[str, Any]] = {"smoke": dict(train_share=0.2, epochs=1),
-                                    "laptop": dict(train_share=0.15, validation_share=0.05, batch_sentences=16, feedforward=512, epochs=4)}
+                                    "laptop": dict(train_share=0.15, validation_share=0.05, feedforward=512, epochs=4)}
 """What each scale changes where a hundred trainings are compared; the other scales: nothing."""
 
 
