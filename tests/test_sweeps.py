@@ -133,14 +133,16 @@ def test_a_call_that_fails_once_gives_its_result_once():
     assert list(clvq.side_by_side(shy, [("a",), ("b",)], workers=0)) == [(0, "a"), (1, "b")]
 
 
-def test_workers_of_this_machine_give_the_same_results_and_exceptions_and_end(tmp_path):
+def test_workers_of_this_machine_give_the_same_results_and_exceptions_and_are_started_once(tmp_path):
     (tmp_path / "file").write_text("x")
     calls = [(tmp_path / "file",), (tmp_path / "none",), (tmp_path / "file",), (tmp_path,), (tmp_path / "file",)]
     here, there = (dict(clvq.side_by_side(clvq.hash_file, calls, workers)) for workers in (0, 2))
     assert here.keys() == there.keys() == set(range(5))
     assert here[0] == there[0] == there[2] == there[4] == clvq.hash_file(tmp_path / "file")
     assert all(type(here[i]) is type(there[i]) and str(here[i]) == str(there[i]) for i in (1, 3))
-    waited(lambda: not [child for child in psutil.Process().children(recursive=True) if is_worker(child)], 60)
+    workers = {child.pid for child in psutil.Process().children(recursive=True) if is_worker(child)}
+    list(clvq.side_by_side(clvq.hash_file, calls, 2))
+    assert workers == {child.pid for child in psutil.Process().children(recursive=True) if is_worker(child)} != set()
 
 
 def is_worker(process: psutil.Process) -> bool:
