@@ -2521,8 +2521,8 @@ def cores() -> int:
 
 
 def default_workers() -> int:
-    """How many processes share the work: $CLVQ_WORKERS; else one a core up to 8, each on one thread, which small models use far better
-    than one process on all cores; none on a GPU, which one process fills."""
+    """How many processes share the work: $CLVQ_WORKERS; else one a core up to 8, each on one thread, as the steps of a small training are
+    too short to be shared by threads; none on a GPU, which one process fills."""
     if wanted := os.environ.get("CLVQ_WORKERS"):
         return int(wanted)
     return 0 if torch.cuda.is_available() or cores() < 2 else min(cores(), 8)
@@ -2530,8 +2530,8 @@ def default_workers() -> int:
 
 @cache
 def keep_freed_memory() -> None:
-    """Let malloc keep what is freed. Dask starts workers so that it goes back to the system at once, and every training step has to fetch
-    its memory anew, page by page: 58 instead of 37 ms a step."""
+    """Let malloc keep what is freed. Dask starts workers so that it goes back to the system at once, and fetching it anew, page by page,
+    costs a third of a training step."""
     with suppress(OSError, AttributeError, TypeError):                                      # not glibc
         malloc = ctypes.CDLL(None)
         malloc.mallopt(-1, 2**30)                                                           # M_TRIM_THRESHOLD
