@@ -373,10 +373,10 @@ class Config(ProbeSettings, BaselineSettings, ConceptSettings, TrainSettings, Mo
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(train_sentences=600, test_sentences=120, finetune_epochs=1, min_count=2, all_layers=True, n_codes=50, start_iterations=5,
-                  decoder_layers=1, feedforward=256, epochs=4, salience_steps=4, cluster_points=1500, sae_epochs=2, seeds=2, folds=5,
-                  probe_epochs=30, bootstrap=200),
-    "laptop": dict(test_sentences=1000, all_layers=True, decoder_layers=1, feedforward=1024, dropout=0.0, epochs=6, batch_sentences=32,
-                   lr_patience=2, salience_steps=8, cluster_points=6000, sae_epochs=5),
+                  decoder_layers=1, feedforward=256, epochs=4, salience_steps=4, cluster_points=1500, sae_epochs=1, seeds=2, folds=5,
+                  probe_epochs=30, bootstrap=200, batch_tokens=2048),
+    "laptop": dict(test_sentences=1000, all_layers=True, decoder_layers=1, feedforward=1024, dropout=0.0, epochs=5, batch_sentences=32,
+                   lr_patience=2, salience_steps=8, cluster_points=6000, sae_epochs=4, batch_tokens=2048),
     "paper": {},
     "authors": dict(words="whitespace", frequency_filter="first", salience_steps=500, start_in="averages", mask="anticausal",
                     norm_first=False, standardize_targets=False, learning_rate=5e-3, clip_norm=0.0, sae_rows="source",
@@ -1471,7 +1471,8 @@ def split_sentences(acts: Activations, config: TrainSettings) -> tuple[Int[Tenso
     return kept, held[acts.lengths[held].argsort(stable=True)]
 
 
-def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Path | None = None) -> tuple[CLVQVAE, pd.DataFrame]:
+def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Path | None = None,
+          start: Callable[..., tuple[Tensor, Tensor]] = start_codebook) -> tuple[CLVQVAE, pd.DataFrame]:
     """A trained CLVQ-VAE with its best weights, and its history: a row an epoch, epoch 0 being the start.
 
     With a ``folder``, the state is kept there after each epoch and a later call goes on from it, on as many threads to the
@@ -1498,7 +1499,7 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
             scale, mean = torch.std_mean(acts.states[target][rows].float(), 0)
             model.target_mean.copy_(mean)
             model.target_scale.copy_(scale.clamp_min(1e-6))
-        codes, counts = start_codebook(acts.states[source][rows].float(), model.settings, torch.Generator().manual_seed(config.seed))
+        codes, counts = start(acts.states[source][rows].float(), model.settings, torch.Generator().manual_seed(config.seed))
         model.quantizer.start(codes.to(device), counts.to(device))
         best = {k: v.clone() for k, v in model.state_dict().items()}
         result = evaluate(model, acts, held, config)
@@ -2522,10 +2523,13 @@ def cores() -> int:
 
 def default_workers() -> int:
     """How many processes share the work: $CLVQ_WORKERS; else one a core up to 8, each on one thread, as the steps of a small training are
-    too short to be shared by threads; none on a GPU, which one process fills."""
+    too short to be shared by threads, and one for every 4 GiB of memory; none on a GPU, which one process fills."""
+    import psutil
+
     if wanted := os.environ.get("CLVQ_WORKERS"):
         return int(wanted)
-    return 0 if torch.cuda.is_available() or cores() < 2 else min(cores(), 8)
+    workers = min(cores(), 8, round(psutil.virtual_memory().total / 2**32))
+    return 0 if torch.cuda.is_available() or workers < 2 else workers
 
 
 @cache
@@ -2812,13 +2816,26 @@ class Pipeline:
 
     def train_folder(self, layers: tuple[int, int]) -> Path:
         """Folder of a CLVQ-VAE between two of the kept layers: config.json, model.safetensors, metrics.parquet, environment.json."""
+        from safetensors.torch import load_file, save_file
+
         config = self.config
+
+        def start(x: Tensor, settings: ModelSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            def build(partial: Path) -> None:
+                codes, counts = start_codebook(x, settings, generator)
+                save_file({"codes": codes.contiguous(), "counts": counts}, partial / "start.safetensors")
+
+            own = [layers[0], settings.n_codes, settings.start, settings.start_iterations]
+            which = [config.seed, config.train_share, config.validation_share]
+            folder = self.step("start", build, ["start_codebook", "split_sentences", "extract"], *self.states_inputs(), own, which)
+            found = load_file(folder / "start.safetensors")
+            return found["codes"], found["counts"]
 
         def build(partial: Path) -> None:
             acts = self.activations("train")
             tqdm.write(f"training on {len(acts.tokens):,} states of {len(acts.lengths):,} sentences, at most {config.epochs} epochs, with "
                        f"{len(acts.tokens) * acts.source['width'] * 4 / 2**20:,.0f} MiB of states in memory", file=sys.stderr)
-            model, history = train(acts, config, layers, partial)
+            model, history = train(acts, config, layers, partial, start)
             model.save_pretrained(partial)
             history.to_parquet(partial / "metrics.parquet")
             (partial / "settings.json").write_text(config.to_json(), "utf8")
@@ -3413,7 +3430,7 @@ def studies(config: ModelSettings) -> dict[str, list[dict[str, Any]]]:
 
 
 STUDY: dict[str, dict[str, Any]] = {"smoke": dict(train_share=0.2, epochs=1),
-                                    "laptop": dict(train_share=0.15, validation_share=0.05, feedforward=512, epochs=4)}
+                                    "laptop": dict(train_share=0.12, validation_share=0.05, feedforward=512, epochs=4)}
 """What each scale changes where a hundred trainings are compared; the other scales: nothing."""
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -179,11 +180,17 @@ def test_a_worker_has_its_own_threads_no_workers_of_its_own_and_keeps_quiet(work
     assert capsys.readouterr().err == ""
 
 
-def test_the_number_of_workers_is_the_environments_if_it_says_one(monkeypatch):
+def test_the_number_of_workers_minds_the_environment_cores_memory_and_gpu(monkeypatch):
     monkeypatch.setenv("CLVQ_WORKERS", "3")
     assert clvq.default_workers() == 3
     monkeypatch.delenv("CLVQ_WORKERS")
-    assert clvq.default_workers() == (0 if torch.cuda.is_available() or clvq.cores() < 2 else min(clvq.cores(), 8))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for cores, gib, workers in ((1, 64, 0), (2, 12.7, 2), (2, 7.9, 2), (2, 5, 0), (16, 64, 8), (16, 20, 5)):
+        monkeypatch.setattr(clvq, "cores", lambda n=cores: n)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda size=gib: SimpleNamespace(total=int(size * 2**30)))
+        assert clvq.default_workers() == workers
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert clvq.default_workers() == 0
 
 
 # --- clusters ---------------------------------------------------------------------------------------------------------
