@@ -46,6 +46,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -75,7 +76,8 @@ __all__ = [
     "variance_explained", "perplexity", "Concepts", "clusters", "SparseAutoencoder", "train_sae", "unlearned", "concept_table",
     "word_cloud", "plot_style", "show_table", "glue", "ablate", "remove", "Trial", "faithfulness", "retrained", "removal_curve",
     "shift_test", "in_model", "summarise", "smallest_difference", "rationale_overlap", "planted_task", "causal_rank", "Pipeline",
-    "published", "run_notebook", "ahead", "Run", "run_sweep", "read_sweep", "seed_means", "means_text", "studies",
+    "concept_effects", "agreement", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep", "read_sweep", "seed_means",
+    "means_text", "studies",
 ]
 
 
@@ -133,9 +135,10 @@ class CorpusSettings(Settings):
     """Which text. Paper: section 3."""
 
     dataset: str = "movies"
-    """``movies``, ``news``, or a .csv, .tsv, .jsonl or .parquet file with a text and a label column."""
+    """``movies``, ``news``; a .csv, .tsv, .jsonl or .parquet file; ``owner/name`` on the Hub; or one of the paper's own:
+    ``eraser-movie`` and ``ag_news``, from the Hub or as ``ag_news:PATH``, and ``jigsaw:PATH``."""
     text_column: str = "text"
-    """Column of a file that holds the text."""
+    """Column of a file or Hub data set that holds the text."""
     label_column: str = "label"
     """Column of a file that holds the class, as text or number."""
     train_sentences: Count | None = None
@@ -520,28 +523,174 @@ READERS: dict[str, Callable[..., pd.DataFrame]] = {
 }
 
 
-def read_file(path: Path, text_column: str, label_column: str) -> pd.DataFrame:
-    """A table from a file, as columns text and label (and split, where it has one). ValueError in one sentence if it cannot serve."""
+def read_table(path: Path) -> pd.DataFrame:
+    """A table from a file, which may be gzipped. ValueError in one sentence if it cannot be read."""
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if not path.is_file():
-        raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join(EMBEDDED)} or an existing {', '.join(READERS)} file")
-    if path.suffix not in READERS:
+        raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join((*EMBEDDED, *PUBLISHED))}, an existing {', '.join(READERS)} "
+                         "file, or owner/name of a data set on the Hub")
+    if kind not in READERS:
         raise ValueError(f"{path} is not one of the files that can be read: {', '.join(READERS)}")
     try:
-        frame = READERS[path.suffix](path)
+        return READERS[kind](path)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read as {kind[1:]}: {str(error).splitlines()[0]}") from error
+
+
+def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation")) -> pd.DataFrame:
+    """A data set from the Hub, ``owner/name`` or ``owner/name:configuration``, or a folder of its files: all rows, with a column split
+    where there are train and one of ``tests``. Classes by their names. ValueError in one sentence if it is not to be had."""
+    import datasets
+
+    where, _, configuration = name.partition(":")
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(where, configuration or None, revision=revision)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"data set {name!r} is no file and not to be had from the Hub (if it is gated, log in by hf auth login): "
+                         f"{reason}") from error
+    test = next((split for split in tests if split in found), "")
+    parts = []
+    for split in ("train", test) if test and "train" in found else list(found)[:1]:
+        part = found[split].to_pandas()
+        for column, feature in found[split].features.items():
+            if isinstance(feature, datasets.ClassLabel):                                    # -1: not known
+                part[column] = part[column].map(lambda k, feature=feature: feature.names[k] if k >= 0 else None)
+        parts.append(part.assign(split="train" if split == "train" else "test") if test else part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def choose_columns(frame: pd.DataFrame, what: str, text_column: str, label_column: str) -> pd.DataFrame:
+    """Columns text and label (and split, where there is one). ValueError in one sentence if they are not there or not full."""
     for column, option in ((text_column, "text_column"), (label_column, "label_column")):
         if column not in frame:
-            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(map(str, frame.columns))} "
+            raise ValueError(f"{what} has no column {column!r}; it has {', '.join(map(str, frame.columns))} "
                              f"(name the right one with {option})")
     split = {"split": frame["split"]} if "split" in frame else {}
+    if split and "test" not in set(frame["split"]):
+        split = {"split": frame["split"].replace(dict.fromkeys(("dev", "val", "validation"), "test"))}
     frame = pd.DataFrame({"text": frame[text_column], "label": frame[label_column], **split})
     for column in ("text", "label"):
         if len(empty := np.flatnonzero(frame[column].isna() | (frame[column].astype(str).str.strip() == ""))):
-            raise ValueError(f"{path} has no {column} in {len(empty)} of {len(frame)} rows, the first being row {empty[0] + 1}")
+            raise ValueError(f"{what} has no {column} in {len(empty)} of {len(frame)} rows, the first being row {empty[0] + 1}")
     if split and not {"train", "test"} <= set(frame["split"]):
-        raise ValueError(f"{path} has a column 'split' without rows for both 'train' and 'test'")
+        raise ValueError(f"{what} has a column 'split' without rows for both 'train' and 'test'")
     return frame.assign(text=frame["text"].astype(str))
+
+
+def balanced(frame: pd.DataFrame, rows: int, settings: CorpusSettings) -> pd.DataFrame:
+    """At most so many rows, as many of each class."""
+    counts = frame["label"].value_counts()
+    return frame.groupby("label").sample(min(counts.min(), rows // len(counts)), random_state=settings.data_seed).sort_index()
+
+
+ERASER_ON_HUB = "eraser-benchmark/movie_rationales"
+
+
+def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
+    """Evidence sentences of ERASER movies (DeYoung et al. 2020) as in the authors' code: a row a piece of evidence, with the sentences
+    it lies in, its review's class, and the evidence itself as rationale.
+
+    From its folder or tar, or from the Hub, whose copy does not say where the evidence lies: the first place is taken. Evaluation
+    sentences are those of validation, as many of each class (the authors' own draw of 856 is not known).
+    """
+    rows: list[tuple[str, str, str, str]] = []
+    with ExitStack() as stack:
+        if path is None:
+            for _, review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).iterrows():
+                lines = review["review"].split("\n")
+                line_of = np.repeat(np.arange(len(lines)), [len(line.split()) for line in lines])               # of each word
+                words = f" {' '.join(review['review'].split())} "
+                for part in review["evidences"]:
+                    if part.strip() and (at := words.find(f" {' '.join(part.split())} ")) >= 0:
+                        first = words[:at].count(" ")
+                        begin, end = line_of[first], line_of[first + len(part.split()) - 1]
+                        rows.append((" ".join(lines[begin:end + 1]), review["label"], review["split"], part))
+        else:
+            folder = path
+            if not path.is_dir():
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                try:
+                    with tarfile.open(path) as archive:
+                        archive.extractall(folder, filter="data")
+                except (OSError, tarfile.TarError) as error:
+                    raise ValueError(f"{path} is neither a folder nor a tar file of ERASER movies") from error
+            for split, name in (("train", "train.jsonl"), ("test", "val.jsonl")):
+                if not (file := next(folder.rglob(name), folder / name)).is_file():
+                    raise ValueError(f"{path} has no {name}: ERASER movies are train.jsonl, val.jsonl and the reviews in docs")
+                for review in map(json.loads, file.read_text("utf8").splitlines()):
+                    for part in itertools.chain.from_iterable(review["evidences"]):
+                        lines = (file.parent / "docs" / part["docid"]).read_text("utf8").split("\n")
+                        text = " ".join(lines[part["start_sentence"]:part["end_sentence"]])
+                        rows.append((text, review["classification"], split, part["text"]))
+    frame = pd.DataFrame(rows, columns=["text", "label", "split", "rationale"])
+    frame["label"] = frame["label"].map({"NEG": "negative", "POS": "positive"})
+    return pd.concat([frame[frame["split"] == "train"], balanced(frame[frame["split"] == "test"], len(frame), settings)], ignore_index=True)
+
+
+def read_jigsaw(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
+    """Comments, toxic or not, and the kinds of toxicity beside, from Kaggle's train.csv (Jigsaw 2018): 9,000 to train on and 784 to
+    evaluate, as many of each class, as in the paper; or as a column split says."""
+    if path is None:
+        raise ValueError("Kaggle gives jigsaw to registered users alone: download its train.csv and name it as jigsaw:PATH")
+    table = read_table(path)
+    frame = choose_columns(table, str(path), "comment_text", "toxic")
+    frame["label"] = frame["label"].astype(int).map({0: "not toxic", 1: "toxic"})
+    kinds = [name for name in ("severe_toxic", "obscene", "threat", "insult", "identity_hate") if name in table]
+    frame = frame.join(table[kinds])
+    if "split" in frame:
+        return frame
+    frame = balanced(frame[~frame["text"].duplicated() & fits(frame["text"], settings)], 9784, settings)
+    test = balanced(frame, 784 * len(frame) // 9784, settings).index
+    return frame.assign(split=np.where(frame.index.isin(test), "test", "train"))
+
+
+def read_ag_news(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
+    """Title and description of AG News (Zhang et al. 2015) in four classes: from a folder with the original train and test files,
+    which have no header, from one such file, or from the Hub."""
+    if path is None:
+        return choose_columns(read_hub("fancyzhx/ag_news"), "ag_news", "text", "label")
+    parts, names = [], {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
+    for file in sorted(path.glob("*.csv*")) if path.is_dir() else [path]:
+        try:
+            part = pd.read_csv(file, header=None, names=["label", "title", "description"], keep_default_na=False, dtype=str)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read as AG News: {str(error).splitlines()[0]}") from error
+        if not set(part["label"]) <= set(names):
+            raise ValueError(f"{file} is not AG News in its original form: a class from 1 to 4, title and description, without a header")
+        text = (part["title"] + " " + part["description"]).str.strip()
+        split = {"split": "test" if "test" in file.name else "train"} if path.is_dir() else {}
+        parts.append(pd.DataFrame({"text": text, "label": part["label"].map(names), **split}))
+    if not parts:
+        raise ValueError(f"{path} has no CSV files: AG News is train.csv and test.csv")
+    return pd.concat(parts, ignore_index=True)
+
+
+PUBLISHED = {"eraser-movie": read_eraser, "jigsaw": read_jigsaw, "ag_news": read_ag_news}
+
+
+def corpus_path(dataset: str) -> Path | None:
+    """The file or folder that a data set is read from; none: a package or the Hub."""
+    name, _, where = dataset.partition(":")
+    path = Path(where if name in PUBLISHED else dataset).expanduser()
+    if name in PUBLISHED:
+        if where and not path.exists():
+            raise ValueError(f"data set {dataset!r}: there is no {str(path)!r}")
+        return path if where else None
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix not in (*READERS, ".gz") and not path.exists()
+    return None if dataset in EMBEDDED or on_hub else path
+
+
+def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
+    """The rows of any data set: text, label, and maybe split and more."""
+    name, path = settings.dataset.partition(":")[0], corpus_path(settings.dataset)
+    if name in PUBLISHED:
+        return PUBLISHED[name](path, settings)
+    if settings.dataset in EMBEDDED:
+        return EMBEDDED[settings.dataset]()
+    frame = read_hub(str(path or settings.dataset)) if path is None or path.is_dir() else read_table(path)
+    return choose_columns(frame, str(path or settings.dataset), settings.text_column, settings.label_column)
 
 
 WORD = re.compile(r"\w+(?:['’.\-]\w+)*|[^\w\s]")
@@ -553,6 +702,11 @@ def split_words(text: str, how: str = "unicode") -> list[str]:
     return text.split() if how == "whitespace" else WORD.findall(text)
 
 
+def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
+    """Which texts have words, and no more than `max_words`."""
+    return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
+
+
 def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     """A corpus: one row a sentence, columns text, label (0..C-1) and split (train, test).
 
@@ -562,15 +716,18 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     """
     from sklearn.model_selection import train_test_split
 
-    name = settings.dataset
-    frame = EMBEDDED[name]() if name in EMBEDDED else read_file(Path(name).expanduser(), settings.text_column, settings.label_column)
-    repeated = frame["text"].duplicated()
-    long = frame["text"].map(lambda text: not 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
+    name, frame = settings.dataset, read_corpus(settings)
+    if "rationale" in frame:                                                                # sentences may have several
+        repeated = (frame["split"] == "train") & frame["text"].isin(frame.loc[frame["split"] == "test", "text"])
+    else:
+        repeated = frame["text"].duplicated()
+    long = ~fits(frame["text"], settings)
     kept = frame[~repeated & ~long].reset_index(drop=True)
     label_names = list(dict.fromkeys(map(str, sorted(kept["label"].unique(), key=lambda label: (isinstance(label, str), label)))))
     if len(label_names) < 2:
         raise ValueError(f"data set {name!r} needs at least two classes, but has only {', '.join(label_names) or 'empty rows'}")
     corpus = pd.DataFrame({"text": kept["text"], "label": kept["label"].astype(str).map({n: i for i, n in enumerate(label_names)})})
+    corpus = corpus.join(kept.drop(columns=["text", "label", "split"], errors="ignore"))    # rationale, kinds
     rare = corpus["label"].value_counts().sort_index()
     if rare.min() < 10:
         raise ValueError(f"data set {name!r} needs at least 10 rows of each class, but has {rare.min()} "
@@ -592,7 +749,7 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
             place = (shuffled.groupby("label").cumcount() + 0.5) / shuffled["label"].map(part["label"].value_counts())
             corpus = corpus.drop(index=place.sort_values(kind="stable").index[limit:])         # the same share of each class
     corpus = corpus.sort_values("split", ascending=False, kind="stable").reset_index(drop=True)     # train first
-    corpus.attrs = {"name": Path(name).stem, "label_names": label_names,
+    corpus.attrs = {"name": name.partition(":")[0] if name.partition(":")[0] in PUBLISHED else Path(name).stem, "label_names": label_names,
                     "dropped": {"repeated": int(repeated.sum()), "too long or empty": int((long & ~repeated).sum())},
                     "hash": hash_text(corpus.to_dict("list"), label_names)}
     return corpus
@@ -1784,6 +1941,86 @@ def concept_table(tokens: pd.DataFrame, codes: Int[Tensor, "N"], texts: Sequence
     }).sort_values("size", ascending=False, kind="stable").reset_index(drop=True)
 
 
+@dataclass(repr=False)
+class Explanation:
+    """A text's class, and the concepts of its words; made by `Pipeline.explain`. Prints as text, shows as a card in notebooks."""
+
+    text: str
+    chances: dict[str, float]
+    """The probability that the language model gives each class, the highest first."""
+    words: pd.DataFrame
+    """A row a word in the order of the text: word, salience, concept, concept_words, label and purity (class of most of the
+    concept's training states, and their share), change (of the first class's probability without the concept)."""
+    control: tuple[float, float, float]
+    """The same change for random concepts: mean, lowest, highest."""
+    examples: dict[int, list[str]]
+    """Training sentences nearest to each of the concepts of the most salient words, the word in guillemets."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The words whose concepts have examples, the most salient first, as they are shown."""
+        words = self.words[self.words["concept"].isin(list(self.examples))].sort_values("salience", ascending=False, kind="stable")
+        return pd.DataFrame({
+            "word": words["word"], "salience": words["salience"].map("{:.2f}".format), "concept": words["concept"].map("#{}".format),
+            "class": [f"{name} {share:.0%}" for name, share in zip(words["label"], words["purity"], strict=True)],
+            "without it": words["change"].map("{:+.3f}".format), "words of the concept": words["concept_words"]})
+
+    @property
+    def note(self) -> str:
+        """What the table's column means."""
+        mean, low, high = self.control
+        return (f"Without it: change of the probability of {next(iter(self.chances))} when the concept is taken out of every position. "
+                f"Without a random concept: {mean:+.3f} ({low:+.3f} to {high:+.3f}).")
+
+    def __str__(self) -> str:
+        chances = ", ".join(f"{name} {chance:.3f}" for name, chance in self.chances.items())
+        lines = [self.text, "", chances, "", self.table.to_string(index=False), "", self.note]
+        for concept, sentences in self.examples.items():
+            lines += ["", f"#{concept}, nearest in the training text:", *(f"  {sentence}" for sentence in sentences)]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """A card. Nothing in it is markup but its own."""
+        shades = (self.words["salience"].clip(lower=0) / max(self.words["salience"].abs().max(), 1e-9)).map("{:.2f}".format)
+        text = " ".join(f'<span style="background: rgba(230, 120, 30, {shade}); padding: 0 .15em">{html.escape(word)}</span>'
+                        for shade, word in zip(shades, self.words["word"], strict=True))
+        chances = "".join(f'<div><meter max="1" value="{chance:.3f}"></meter> {chance:.3f} {html.escape(name)}</div>'
+                          for name, chance in self.chances.items())
+        lists = "".join(f"<details><summary>#{concept}, nearest in the training text</summary><ul>"
+                        f"{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul></details>"
+                        for concept, sentences in self.examples.items())
+        return (f'<p style="line-height: 1.8">{text}</p>{chances}{plain_html(self.table)}<p>{html.escape(self.note)}</p>{lists}')
+
+
+def plain_html(frame: pd.DataFrame) -> str:
+    """A table of HTML in which nothing is markup but its own, and nothing is cut."""
+    with pd.option_context("display.max_colwidth", None):
+        return frame.to_html(index=False, border=0, escape=True)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto }}
+th, td {{ padding: .3rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #8884 }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def write_page(path: Path, title: str, body: str) -> Path:
+    """A page in one file, which needs no other. ``body`` is HTML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda partial: partial.write_text(PAGE.format(title=html.escape(title), body=body), "utf8"))
+    return path
+
+
 def word_cloud(counts: Mapping[str, float], axes: Any, title: str = "") -> None:
     """Draw a concept's words, sized by count, on transparent ground in colours that can be read on light and dark."""
     from wordcloud import WordCloud
@@ -2301,6 +2538,53 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
     return pd.concat(parts, ignore_index=True)
 
 
+@torch.no_grad()
+def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tokens: pd.DataFrame,
+                    centre: tuple[Float[Tensor, "D"], Float[Tensor, "D"]], config: Config, controls: int = 3) -> pd.DataFrame:
+    """What becomes of the language model's own answer when a concept is taken out of every position of a sentence, around the mean.
+
+    ``tokens`` has the positions of the texts and a column concept; ``centre`` is the mean summary and the mean word state. Each
+    concept of a sentence's words is tried, and ``controls`` random others. A row each: sentence, concept, control, confidence
+    (change of the probability of the model's own answer), flipped (another answer).
+    """
+    encoded, layer, draw = encode(lm, texts, config), model.layer, torch.Generator().manual_seed(config.seed)
+    others = torch.randint(len(model.vectors), (len(texts) * controls,), generator=draw).numpy()
+    pairs = pd.concat([tokens.loc[~tokens["is_summary"], ["sentence", "concept"]].assign(control=False),
+                       pd.DataFrame({"sentence": np.repeat(np.arange(len(texts)), controls), "concept": others, "control": True})])
+    pairs = pairs.drop_duplicates(["sentence", "concept"]).sort_values("sentence", kind="stable", ignore_index=True)
+    offsets = torch.from_numpy(np.searchsorted(pairs["sentence"], np.arange(len(texts) + 1)))
+    mean, word_mean = (part.to(lm.device) for part in centre)
+    away = (model.vectors.to(lm.device) - word_mean)[torch.from_numpy(pairs["concept"].to_numpy(copy=True))]        # (P, D)
+    own, changed = (torch.empty(n, lm.model.config.num_labels) for n in (len(texts), len(pairs)))
+    with tqdm(total=len(pairs), desc="concepts in the model", unit="removal", mininterval=1) as bar:
+        for batch in length_batches(encoded.offsets.diff(), max(1, config.batch_tokens // 8)):
+            ids, mask = pad_ids(lm, encoded, batch)
+            rows, there = pad_rows(offsets, batch)
+            line = torch.arange(len(batch))[:, None].expand_as(rows)[there]
+            together = max(1, config.batch_tokens // ids.shape[1])
+            with autocast(lm.device, config.inference_precision):
+                state = layer_states(lm, [layer], ids, mask)[layer].float()                 # (B, T, D)
+                middle = word_mean.expand_as(state).clone()
+                middle[:, 0] = mean
+                with only_blocks(lm, layer, lm.n_layers, given=True):
+                    own[batch] = lm.model(inputs_embeds=state, attention_mask=mask.long()).logits.float().cpu()
+                    for some, of in zip(rows[there].split(together), line.split(together), strict=True):
+                        x = middle[of] + ablate(state[of] - middle[of], away[some][:, None])
+                        changed[some] = lm.model(inputs_embeds=x, attention_mask=mask[of].long()).logits.float().cpu()
+                        bar.update(len(some))
+    before = own.softmax(1)[torch.from_numpy(pairs["sentence"].to_numpy(copy=True))]
+    answer = before.argmax(1, keepdim=True)
+    return pairs.assign(confidence=(changed.softmax(1) - before).gather(1, answer)[:, 0].numpy(),
+                        flipped=(changed.argmax(1) != answer[:, 0]).numpy())
+
+
+def agreement(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K"]:
+    """How far each code stands for the same positions as one of another codebook: the largest share, among positions that have either
+    of the two, of those that have both (Jaccard). 0 for a code without positions."""
+    both = torch.bincount(codes * n_codes + others, minlength=n_codes**2).view(n_codes, n_codes).double()
+    return (both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp_min(1)).amax(1)
+
+
 VARIANT = ["method", "layer", "removed", "way", "probe", "where", "n"]
 """Columns that tell one variant of the test from another, where results have them."""
 
@@ -2731,8 +3015,8 @@ class Pipeline:
     @cached_property
     def corpus(self) -> pd.DataFrame:
         """The corpus; `load_corpus`."""
-        settings, path = self.config.subset(CorpusSettings), Path(self.config.dataset).expanduser()
-        return kept_corpus(settings, hash_file(path) if path.is_file() else "")
+        settings, path = self.config.subset(CorpusSettings), corpus_path(self.config.dataset)
+        return kept_corpus(settings, hash_file(path) if path and path.is_file() else "")
 
     @cached_property
     def train(self) -> pd.DataFrame:
@@ -3064,6 +3348,97 @@ class Pipeline:
         return self.kept("in_model", compute, ["in_model"], list(methods), list(controls))
 
     @cached_property
+    def effects(self) -> pd.DataFrame:
+        """What removing each concept does to the language model's answers to the evaluation sentences that have it; `concept_effects`."""
+
+        def compute() -> pd.DataFrame:
+            trial, layer = self.trial, self.layers[0]
+            tokens = trial.test.tokens.assign(concept=self.clvqvae.assign(trial.test.states[layer]).numpy())
+            mean, _, word_mean = trial.centre(layer)
+            return concept_effects(self.clvqvae, self.language_model, self.test["text"].tolist(), tokens, (mean, word_mean), self.config)
+
+        return self.kept("effects", compute, ["concept_effects"])
+
+    @cached_property
+    def stability(self) -> pd.Series:
+        """How far each concept comes back in codebooks of the other `seeds`: `agreement` over the training states, mean. By concept."""
+        states = self.activations("train").states[self.layers[0]]
+        ahead([(pipeline, "run_folder") for pipeline in self.over_seeds])
+        own, *others = (pipeline.clvqvae.assign(states) for pipeline in self.over_seeds)
+        found = [agreement(own, other, self.config.n_codes) for other in others]
+        return pd.Series(torch.stack(found).mean(0).numpy() if found else math.nan, range(self.config.n_codes), name="stability")
+
+    @cached_property
+    def report(self) -> pd.DataFrame:
+        """Every concept that words of the evaluation sentences have, those first whose removal costs the model's answers most.
+
+        Columns of `concept_table`, then sentences (that have it), effect (mean change of the probability of the model's own answer,
+        less that of random concepts in the same sentence; effect_low and effect_high, 95 % by Student's t over sentences), flipped
+        (share of answers that change), stability.
+        """
+        from scipy.stats import t
+
+        control = self.effects["control"]
+        random = self.effects[control].groupby("sentence")["confidence"].mean()
+        by = self.effects[~control].assign(effect=lambda of: of["confidence"] - of["sentence"].map(random).fillna(0)).groupby("concept")
+        table = by["effect"].agg(["size", "mean", "sem"]).set_axis(["sentences", "effect", "wide"], axis=1)
+        wide = table.pop("wide") * t.ppf(0.975, (table["sentences"] - 1).clip(lower=1))
+        table = table.assign(effect_low=table["effect"] - wide, effect_high=table["effect"] + wide, flipped=by["flipped"].mean(),
+                             stability=self.stability)
+        return self.concepts.merge(table, on="concept").sort_values("effect", kind="stable", ignore_index=True)
+
+    def write_report(self, path: Path, most: int = 100) -> Path:
+        """The report as one file of HTML that needs no other: the ``most`` first of its concepts."""
+        top, (source, target) = self.report.head(most), self.layers
+        interval = [f"{r.effect:+.4f}" + (f" ({r.effect_low:+.4f} to {r.effect_high:+.4f})" if r.sentences > 1 else "")
+                    for r in top.itertuples()]
+        table = pd.DataFrame({
+            "concept": top["concept"].map("#{}".format), "words": top["words"], "sentences": top["sentences"],
+            "effect (95 % interval)": interval,
+            "class": [f"{name} {share:.0%}" for name, share in zip(top["label"], top["purity"], strict=True)],
+            "answers changed": top["flipped"].map("{:.1%}".format), "stability": top["stability"].map("{:.2f}".format).replace("nan", "–"),
+            "training text": top["examples"].map(" | ".join)})
+        facts = (f"Model {self.config.model}, data {self.config.dataset}, layers {source} to {target}. The classifier is right on "
+                 f"{self.accuracy:.3f} of {len(self.test):,} sentences. Effect: change of the probability of the model's own answer when "
+                 "the concept is removed from each position of a sentence that has it, around the mean, less that of random ones in the "
+                 "same sentence. Stability: how far it comes back with other seeds (1: in full). Class: that of most states.")
+        return write_page(path, f"Concepts of {Path(self.config.model).name} on {self.corpus.attrs['name']}",
+                          f"<p>{html.escape(facts)}</p>{plain_html(table)}")
+
+    def explain(self, text: str, top: int = 5, examples: int = 3, controls: int = 20) -> Explanation:
+        """The language model's class for a text, its ``top`` most salient words, their concepts, and what removing these does.
+        ValueError for a text without words."""
+        if not split_words(text, self.config.words):
+            raise ValueError("there is no word in the text")
+        layer, lm, model = self.layers[0], self.language_model, self.clvqvae
+        with redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+            tokens, logits = attribute(lm, [text], layer, self.config)
+            states = extract(lm, [text], [layer], self.config, Path(folder), filtered=False).states[layer].clone()
+            tokens["concept"] = model.assign(states).numpy()
+            mean, _, word_mean = self.trial.centre(layer)
+            effects = concept_effects(model, lm, [text], tokens, (mean, word_mean), self.config, controls)
+        chances = pd.Series(logits[0].softmax(0).numpy(), self.label_names).sort_values(ascending=False, kind="stable")
+        of = effects[~effects["control"]].set_index("concept")["confidence"]
+        random = effects.loc[effects["control"], "confidence"]
+        words = tokens.loc[~tokens["is_summary"], ["word", "salience", "concept"]]
+        about = self.concepts.set_index("concept").loc[words["concept"]]
+        words = words.assign(concept_words=about["words"].str.split(", ").str[:5].str.join(", ").to_numpy(),
+                             label=about["label"].to_numpy(), purity=about["purity"].to_numpy(), change=of.loc[words["concept"]].to_numpy())
+        chosen = words.sort_values("salience", ascending=False, kind="stable")["concept"].drop_duplicates().head(top)
+        train = self.activations("train")
+        codes = model.assign(train.states[layer])
+        found = {}
+        for concept in chosen.tolist():
+            rows = (codes == concept).nonzero()[:, 0]
+            with torch.no_grad():
+                z = model.encoder(train.states[layer][rows].to(model.vectors.device).float())
+            order = nearest(z, model.vectors[concept][None])[1].argsort().cpu()
+            near = train.tokens.iloc[rows[order].numpy()].drop_duplicates("sentence").head(examples)
+            found[concept] = [mark(self.train["text"][sentence], word, summary) for sentence, word, summary in
+                              zip(near["sentence"], near["word"], near["is_summary"], strict=True)]
+        return Explanation(text, chances.to_dict(), words.reset_index(drop=True), (random.mean(), random.min(), random.max()), found)
+
+    @cached_property
     def alone(self) -> pd.DataFrame:
         """Faithfulness of CLVQ-VAE alone, its name being the start of its codes; for comparisons of its settings."""
 
@@ -3103,13 +3478,13 @@ class Pipeline:
                          **table.loc["concept", ["change", "change_low", "change_high"]]})
         return pd.DataFrame(rows)
 
-    def rationales(self, path: Path) -> tuple[pd.DataFrame, float]:
+    def rationales(self, path: Path | None = None) -> tuple[pd.DataFrame, float]:
         """Does the most salient word lie in what people marked? `rationale_overlap` of a .jsonl or .jsonl.gz file with text, label and
-        rationale (the evidence, as it stands in the text), and the classifier's accuracy on it."""
-        frame = pd.read_json(path, lines=True)
+        rationale (the evidence, as it stands in the text), and the classifier's accuracy on it; else of the evaluation sentences."""
+        frame = self.test if path is None else pd.read_json(path, lines=True)
         for column in ("text", "label", "rationale"):
             if column not in frame:
-                raise ValueError(f"{path} has no column {column!r}")
+                raise ValueError(f"{path or self.config.dataset} has no column {column!r}")
         tokens, logits = self.salience_of(frame)
         overlap = rationale_overlap(tokens, frame["text"].tolist(), frame["rationale"].tolist(), self.config.words)
         return overlap, float((logits.to_numpy().argmax(1) == frame["label"]).mean())
@@ -3528,6 +3903,16 @@ def command_results(options: argparse.Namespace) -> None:
         print_results(results, options.metric)
 
 
+def command_explain(options: argparse.Namespace) -> None:
+    settings = {name: parse_value(value) for name, value in options.parameters}
+    settings |= {name: value for name, value in (("model", options.model), ("dataset", options.data)) if value is not None}
+    pipeline = Pipeline(configure(options.scale, **settings)).check()
+    explanation = pipeline.explain(options.text, options.top)
+    print(explanation)
+    if options.html:
+        print(f"\ncard: {write_page(options.html, options.text[:80], explanation._repr_html_())}")
+
+
 def command_info(options: argparse.Namespace) -> None:
     cache = cache_folder()
     steps = [path for path in cache.glob("*-*") if path.is_dir()] if cache.exists() else []
@@ -3601,6 +3986,22 @@ examples:
     results.add_argument("--metric", action="append", default=[], help="show this one (may be repeated)")
     results.add_argument("--csv", type=Path, help="write all measurements to this file instead")
     results.set_defaults(call=command_results)
+
+    explain = commands.add_parser("explain", help="the concepts behind a model's answer to a text",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter,
+                                  description="Say how a model classes a text, by which words, which concepts they have, and what is lost "
+                                  "without them. The first call trains what it needs, later ones take seconds.", epilog="""examples:
+  clvq explain "a dull, overlong film"
+  clvq explain "a dull, overlong film" --scale smoke --html card.html
+  clvq explain "Shares fell" --model path/to/model -p finetune false --data news.csv -p label_column section""")
+    explain.add_argument("text", help="the text, in quotes")
+    explain.add_argument("--model", help="minilm, a folder, or an id on the Hub (default: minilm)")
+    explain.add_argument("--data", help="what it was trained on, or is to be: movies, news, a file, … (default: movies)")
+    explain.add_argument("--scale", choices=PRESETS, default="laptop", help="size of everything (default: laptop)")
+    explain.add_argument("--top", type=int, default=5, help="how many concepts (default: 5)")
+    explain.add_argument("--html", type=Path, metavar="FILE", help="write a page too")
+    explain.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any other setting")
+    explain.set_defaults(call=command_explain)
 
     info = commands.add_parser("info", help="versions, device, cache size")
     info.set_defaults(call=command_info)

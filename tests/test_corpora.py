@@ -1,9 +1,14 @@
 """Corpora: the embedded ones, files of one's own, splits, words, and the frequency filter on the paper's own text."""
 
+import csv
 import gzip
 import hashlib
+import json
+import tarfile
+from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +17,8 @@ from hypothesis import strategies as st
 
 import clvq_core as clvq
 
-ERASER = Path(__file__).parents[1].parent / "shared" / "data" / "eraser_movies" / "movie_train.tok.txt.gz"
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+ERASER = SHARED / "eraser_movies" / "movie_train.tok.txt.gz"
 WRITERS = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
     ".tsv": lambda frame, path: frame.to_csv(path, index=False, sep="\t"),
@@ -32,7 +38,7 @@ def reviews(rows: int = 60) -> pd.DataFrame:
     )
 
 
-def load(path: Path, **settings) -> pd.DataFrame:
+def load(path: Path | str, **settings) -> pd.DataFrame:
     return clvq.load_corpus(clvq.configure("paper", dataset=str(path), **settings))
 
 
@@ -367,3 +373,148 @@ def test_the_filter_keeps_every_summary_and_the_right_number_of_each_word(senten
 def test_no_filter_keeps_everything():
     tokens = table([["a", "b"], ["a"]])
     assert clvq.frequency_filter(tokens, clvq.configure("paper", frequency_filter="none")).all()
+
+
+# --- the paper's corpora as they are published ----------------------------------------------------------------------
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the published corpora are not here")
+
+
+def eraser_folder(folder: Path, reviews: int = 12) -> Path:
+    """ERASER's own layout: reviews of five sentences; two pieces of evidence in one sentence, and one over two sentences. The first
+    review says the same in both splits."""
+    (folder / "docs").mkdir(parents=True)
+    for name in ("train", "val"):
+        lines = []
+        for i in range(reviews):
+            kind, word = ("POS", "fine") if i % 3 else ("NEG", "dull")
+            tag = f"{name} {i}" if i else "0"
+            second = f"a {word} film , with {word} actors {tag} ."
+            sentences = [f"review {tag} .", second, f"it begins {tag}", f"and ends {word} .", "so it goes ."]
+            (folder / "docs" / f"{name}{i}.txt").write_text("\n".join(sentences), "utf8")
+            where = [(1, 2, f"{word} film"), (1, 2, f"{word} actors"), (2, 4, f"begins {tag} and ends {word}")]
+            evidences = [[{"docid": f"{name}{i}.txt", "start_sentence": a, "end_sentence": b, "text": text}] for a, b, text in where]
+            lines.append(json.dumps({"annotation_id": f"{name}{i}.txt", "classification": kind, "evidences": evidences}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), "utf8")
+    return folder
+
+
+def kaggle(toxic: int = 40, others: int = 60) -> pd.DataFrame:
+    """Rows as in Kaggle's train.csv, one of them twice."""
+    rows = [(f"comment {i}, \n{'rude' if i < toxic else 'kind'}", int(i < toxic)) for i in range(toxic + others)]
+    frame = pd.DataFrame([*rows, rows[-1]], columns=["comment_text", "toxic"])
+    return frame.assign(id=frame.index, insult=frame["toxic"], threat=0)
+
+
+@pytest.mark.parametrize("form", ["folder", "folder above", "tar", "tar.gz"])
+def test_eraser_gives_the_sentences_of_each_piece_of_evidence(tmp_path, form):
+    folder = eraser_folder(tmp_path / "data" / "movies")
+    path = {"folder": folder, "folder above": folder.parent}.get(form, tmp_path / f"movies.{form}")
+    if form.startswith("tar"):
+        with tarfile.open(path, "w:gz" if form.endswith("gz") else "w") as archive:
+            archive.add(folder, "movies")
+    frame = clvq.read_eraser(path, clvq.configure("paper"))
+    train = frame[frame["split"] == "train"]
+    assert len(train) == 36 and train["label"].value_counts().to_dict() == {"positive": 24, "negative": 12}
+    assert train.iloc[5].tolist() == ["it begins train 1 and ends fine .", "positive", "train", "begins train 1 and ends fine"]
+    test = frame[frame["split"] == "test"]
+    assert test["label"].value_counts().to_dict() == {"positive": 12, "negative": 12}
+
+
+def test_a_sentence_with_two_pieces_of_evidence_stays_twice_but_not_on_both_sides(tmp_path):
+    corpus = load(f"eraser-movie:{eraser_folder(tmp_path / 'movies', 30)}", max_words=20)
+    train, test = (corpus[corpus["split"] == split] for split in ("train", "test"))
+    assert len(test) == 60 and len(train) == 87 and train["text"].duplicated().sum() == 29
+    assert corpus.attrs["dropped"] == {"repeated": 3, "too long or empty": 0} and not set(train["text"]) & set(test["text"])
+    assert (corpus["rationale"].str.split().str.len() < corpus["text"].str.split().str.len()).all()
+
+
+def test_what_eraser_has_on_the_hub_gives_the_same_sentences(tmp_path, monkeypatch):
+    folder, hub = eraser_folder(tmp_path / "movies"), tmp_path / "hub"
+    hub.mkdir()
+    for name, split in (("train", "train"), ("val", "validation"), ("val", "test")):
+        reviews = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        rows = {"review": [(folder / "docs" / r["annotation_id"]).read_text() for r in reviews],
+                "label": [int(r["classification"] == "POS") for r in reviews],
+                "evidences": [[part["text"] for group in r["evidences"] for part in group] for r in reviews]}
+        features = datasets.Features(review=datasets.Value("string"), label=datasets.ClassLabel(names=["NEG", "POS"]),
+                                     evidences=datasets.List(datasets.Value("string")))
+        datasets.Dataset.from_dict(rows, features).to_parquet(hub / f"{split}-00000-of-00001.parquet")
+    monkeypatch.setattr(clvq, "ERASER_ON_HUB", str(hub))
+    settings = clvq.configure("paper")
+    pd.testing.assert_frame_equal(clvq.read_eraser(None, settings), clvq.read_eraser(folder, settings))
+
+
+@needs_shared
+def test_eraser_movies_are_the_papers_sentences():
+    path = SHARED / "eraser_movies" / "eraser_movies.tar.gz"
+    frame = clvq.read_eraser(path, clvq.configure("paper"))
+    train = frame[frame["split"] == "train"]
+    with gzip.open(SHARED / "eraser_movies" / "clvqvae_sentences_train.jsonl.gz", "rt") as file:
+        theirs = pd.DataFrame(map(json.loads, file))
+    assert len(train) == 13878
+    ours = zip(train["text"], train["label"] == "positive", train["rationale"], strict=True)
+    parts = theirs["evidence"].map(lambda part: part["text"])
+    assert Counter(ours) == Counter(zip(theirs["sentence"].str.strip(), theirs["label"] == 1, parts, strict=True))
+    corpus = load(f"eraser-movie:{path}")
+    assert corpus.loc[corpus["split"] == "test", "label"].value_counts().to_dict() == {0: 428, 1: 428}
+    assert (corpus["split"] == "train").sum() > 13870 and corpus.attrs["name"] == "eraser-movie"
+    assert all(" ".join(r.split()) in " ".join(t.split()) for r, t in zip(corpus["rationale"], corpus["text"], strict=True))
+
+
+def test_jigsaw_is_balanced_and_keeps_the_kinds_of_toxicity(tmp_path):
+    path = save(kaggle(), tmp_path / "train.csv")
+    corpus = load(f"jigsaw:{path}")
+    assert corpus.attrs["label_names"] == ["not toxic", "toxic"] and corpus.columns.tolist()[:2] == ["text", "label"]
+    assert corpus.groupby(["split", "label"]).size().to_dict() == {("train", 0): 37, ("train", 1): 37, ("test", 0): 3, ("test", 1): 3}
+    assert corpus["insult"].tolist() == corpus["label"].tolist() and corpus["text"].is_unique
+    own = save(kaggle().assign(split=["train", "dev"] * 50 + ["extra"]), tmp_path / "split.csv")
+    assert load(f"jigsaw:{own}")["split"].value_counts().to_dict() == {"train": 50, "test": 50}
+
+
+@needs_shared
+def test_jigsaw_has_the_papers_9000_and_784_rows():
+    corpus = load(f"jigsaw:{SHARED / 'jigsaw' / 'jigsaw_balanced_10k.csv.gz'}")
+    assert corpus["split"].value_counts().to_dict() == {"train": 9000, "test": 784}
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_ag_news_is_title_and_description(tmp_path, form):
+    rows = [(1 + i % 4, f"Title {i}" if i % 5 else "", f'Text "{i}", and more') for i in range(80)]
+    for name, part in (("train.csv", rows[:60]), ("test.csv", rows[60:])):
+        pd.DataFrame(part).to_csv(tmp_path / name, header=False, index=False, quoting=csv.QUOTE_ALL)
+    corpus = load(f"ag_news:{tmp_path if form == 'folder' else tmp_path / 'train.csv'}", min_count=1)
+    assert set(corpus.attrs["label_names"]) == {"World", "Sports", "Business", "Sci/Tech"}
+    assert corpus["split"].value_counts().to_dict() == ({"train": 60, "test": 20} if form == "folder" else {"train": 48, "test": 12})
+    assert {'Text "0", and more', 'Title 1 Text "1", and more'} <= set(corpus["text"])
+    assert corpus.attrs["label_names"][corpus.set_index("text").loc['Title 1 Text "1", and more', "label"]] == "Sports"
+
+
+@needs_shared
+def test_ag_news_in_its_original_form_is_read_whole():
+    corpus = load(f"ag_news:{SHARED / 'agnews'}", test_sentences=2000)
+    assert corpus["split"].value_counts().to_dict() == {"train": 12000 - corpus.attrs["dropped"]["repeated"], "test": 2000}
+
+
+def test_a_data_set_of_the_hub_is_read_with_its_columns_and_the_names_of_its_classes(tmp_path):
+    features = datasets.Features(body=datasets.Value("string"), stars=datasets.ClassLabel(names=["bad", "good"]))
+    frame = reviews(90)
+    for split, part in (("train", frame[:60]), ("validation", frame[60:])):
+        rows = {"body": part["body"].tolist(), "stars": [int(star == "good") for star in part["stars"]]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    corpus = load(tmp_path, text_column="body", label_column="stars")
+    assert corpus["split"].value_counts().to_dict() == {"train": 60, "test": 30} and corpus.attrs["label_names"] == ["bad", "good"]
+    found = {text: corpus.attrs["label_names"][k] for text, k in zip(corpus["text"], corpus["label"], strict=True)}
+    assert found == dict(zip(frame["body"], frame["stars"], strict=True))
+
+
+@pytest.mark.parametrize("dataset, sentence", [
+    ("owner/name", "not to be had from the Hub"), ("jigsaw", "download its train.csv"), ("jigsaw:{}/none.csv", "there is no"),
+    ("eraser-movie:{}", "has no train.jsonl"), ("eraser-movie:{}/reviews.csv", "neither a folder nor a tar"),
+    ("ag_news:{}", "is not AG News"),
+    ("ag_news:{}/reviews.csv", "is not AG News"), ("jigsaw:{}/reviews.csv", "has no column 'comment_text'"), ("nothing", "owner/name"),
+])
+def test_what_is_no_such_corpus_is_said_in_one_sentence(tmp_path, refused, dataset, sentence):
+    save(reviews(), tmp_path / "reviews.csv")
+    with refused(sentence):
+        load(dataset.format(tmp_path))

@@ -1,0 +1,163 @@
+"""What concepts do to the model's own answers, how far they come back with other seeds, the report, and single texts explained."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+import clvq_core as clvq
+
+QUICK = dict(train_sentences=100, test_sentences=60, finetune_epochs=1, epochs=2, n_codes=20, folds=3, probe_epochs=3)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return clvq.Pipeline(clvq.configure("smoke", **QUICK, seeds=2))
+
+
+def test_a_concepts_effect_is_that_of_the_salient_concept_taken_out_of_every_position(pipeline):
+    trial, texts = pipeline.trial, pipeline.test["text"].tolist()
+    inside = clvq.in_model([pipeline.clvqvae], trial, pipeline.language_model, texts, pipeline.config, ways=("centred",))
+    inside = inside[(inside["removed"] == "concept") & (inside["where"] == "every position")].set_index("sentence")
+    words = trial.test.tokens.loc[trial.salient.tolist()].reset_index()
+    words = words[~words["is_summary"]]
+    assert len(words) > 20
+    concepts = pipeline.clvqvae.assign(trial.test.states[pipeline.layers[0]][torch.tensor(words["index"].to_numpy())]).numpy()
+    found = pipeline.effects.set_index(["sentence", "concept"])
+    for sentence, concept in zip(words["sentence"], concepts, strict=True):
+        row = found.loc[(sentence, concept)]
+        assert row["confidence"] == pytest.approx(inside.loc[sentence, "confidence"], abs=1e-5)
+        assert row["flipped"] == inside.loc[sentence, "flipped"]
+
+
+def test_each_sentence_has_its_own_concepts_once_and_random_others(pipeline):
+    trial, found = pipeline.trial, pipeline.effects
+    assert not found.duplicated(["sentence", "concept"]).any() and found["confidence"].abs().max() <= 1
+    tokens = trial.test.tokens.assign(concept=pipeline.clvqvae.assign(trial.test.states[pipeline.layers[0]]).numpy())
+    own = tokens[~tokens["is_summary"]].groupby("sentence")["concept"].agg(set)
+    for sentence, part in found.groupby("sentence"):
+        assert set(part.loc[~part["control"], "concept"]) == own[sentence]
+        assert not set(part.loc[part["control"], "concept"]) & own[sentence] and part["control"].sum() <= 3
+    assert found["control"].sum() > 60
+
+
+def test_a_removal_that_takes_nothing_away_changes_nothing(pipeline):
+    trial, layer = pipeline.trial, pipeline.layers[0]
+    model = pipeline.trained(pipeline.layers)
+    mean, _, word_mean = trial.centre(layer)
+    model.quantizer.codebook.copy_(word_mean.expand_as(model.vectors))                      # nothing tells a code from the mean
+    tokens = trial.test.tokens.assign(concept=0)
+    texts = pipeline.test["text"].tolist()
+    found = clvq.concept_effects(model, pipeline.language_model, texts, tokens, (mean, word_mean), pipeline.config)
+    assert found["confidence"].abs().max() < 1e-5 and not found["flipped"].any()
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_agreement_is_the_largest_jaccard_overlap(seed):
+    draw = np.random.default_rng(seed)
+    n, k = draw.integers(1, 60), draw.integers(1, 8)
+    one, other = draw.integers(0, k, n), draw.integers(0, k, n)
+    found = clvq.agreement(torch.from_numpy(one), torch.from_numpy(other), int(k)).tolist()
+    for code in range(k):
+        mine = set(np.flatnonzero(one == code))
+        overlaps = [len(mine & theirs) / len(mine | theirs) for c in range(k) if (theirs := set(np.flatnonzero(other == c))) | mine]
+        assert found[code] == pytest.approx(max(overlaps, default=0.0) if mine else 0.0)
+
+
+def test_a_codebook_under_other_names_agrees_with_itself_in_full():
+    codes = torch.tensor([0, 0, 1, 2, 2, 2])
+    assert clvq.agreement(codes, torch.tensor([3, 1, 0, 2])[codes], 4).tolist() == [1, 1, 1, 0]
+
+
+def test_the_report_is_ordered_by_what_each_concept_costs_less_random_ones(pipeline):
+    report, effects = pipeline.report, pipeline.effects
+    assert report["effect"].is_monotonic_increasing and set(report["concept"]) == set(effects.loc[~effects["control"], "concept"])
+    random = effects[effects["control"]].groupby("sentence")["confidence"].mean()
+    row = report.sort_values("sentences").iloc[-1]
+    part = effects[(effects["concept"] == row["concept"]) & ~effects["control"]]
+    gaps = part["confidence"].to_numpy() - random.reindex(part["sentence"]).fillna(0).to_numpy()
+    assert row["sentences"] == len(part) and row["effect"] == pytest.approx(gaps.mean()) and row["flipped"] == part["flipped"].mean()
+    low, high = stats.t.interval(0.95, len(gaps) - 1, gaps.mean(), stats.sem(gaps))
+    assert (row["effect_low"], row["effect_high"]) == (pytest.approx(low), pytest.approx(high))
+    assert report["stability"].between(0, 1).all() and report["stability"].nunique() > 5
+    assert report.loc[report["sentences"] == 1, "effect_low"].isna().all()
+
+
+def test_one_seed_leaves_stability_open(pipeline):
+    assert clvq.Pipeline(clvq.configure("smoke", **QUICK, seeds=1)).report["stability"].isna().all()
+
+
+def test_the_reports_page_needs_no_other_and_shows_text_as_text(pipeline, tmp_path):
+    pipeline.report.loc[0, "words"] = "<script>alert(1)</script>"
+    page = pipeline.write_report(tmp_path / "new" / "report.html", most=5).read_text("utf8")
+    del pipeline.report
+    assert "<script" not in page and "&lt;script&gt;" in page and not re.search(r"https?://|src=|@import", page)
+    tables = pd.read_html(tmp_path / "new" / "report.html", flavor="lxml") if clvq.importlib.util.find_spec("lxml") else []
+    assert page.count("<tr") == 6 and all(len(table) == 5 for table in tables)
+
+
+# --- single texts -------------------------------------------------------------------------------------------------
+
+
+def test_a_text_is_explained_by_what_the_model_and_its_concepts_say(pipeline):
+    text = pipeline.test["text"][0]
+    found = pipeline.explain(text, top=3)
+    logits = pipeline.salience[1].iloc[0]
+    assert next(iter(found.chances)) == logits.idxmax() and sum(found.chances.values()) == pytest.approx(1)
+    tokens = pipeline.salience[0].query("sentence == 0 and not is_summary")
+    assert found.words["word"].tolist() == tokens["word"].tolist()
+    np.testing.assert_allclose(found.words["salience"], tokens["salience"], atol=1e-4)
+    effects = pipeline.effects.query("sentence == 0 and not control").set_index("concept")["confidence"]
+    np.testing.assert_allclose(found.words["change"], effects.loc[found.words["concept"]], atol=1e-4)
+    assert len(found.examples) == min(3, found.words["concept"].nunique())
+    top = found.words.sort_values("salience", ascending=False)["concept"].drop_duplicates().tolist()
+    assert list(found.examples) == top[:3]
+    assert found.control[1] <= found.control[0] <= found.control[2]
+
+
+def test_examples_are_the_training_sentences_nearest_to_the_code(pipeline):
+    found = pipeline.explain("a dull film", top=2, examples=2)
+    train, model = pipeline.activations("train"), pipeline.clvqvae
+    states = train.states[pipeline.layers[0]]
+    codes = model.assign(states)
+    for concept, sentences in found.examples.items():
+        rows = (codes == concept).nonzero()[:, 0]
+        with torch.no_grad():
+            far = (model.encoder(states[rows].float()) - model.vectors[concept]).norm(dim=1)
+        row = train.tokens.iloc[int(rows[far.argmin()])]
+        assert sentences[0].replace("«", "").replace("»", "") == pipeline.train["text"][row["sentence"]]
+        assert len(sentences) <= 2
+
+
+def test_an_explanation_is_text_and_a_card_in_which_nothing_is_markup(pipeline):
+    found = pipeline.explain("<b>dull</b> & overlong")
+    card = found._repr_html_()
+    assert "<b>" not in card and "&lt;" in card and "&amp;" in card
+    assert str(found) == repr(found) and str(found).startswith("<b>dull</b> & overlong\n") and "nearest in the training text" in str(found)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n"])
+def test_a_text_without_words_is_refused(pipeline, refused, text):
+    with refused("no word"):
+        pipeline.explain(text)
+
+
+def test_a_long_text_is_explained_as_far_as_the_model_reads(pipeline):
+    found = pipeline.explain("good " * 800)
+    assert 100 < len(found.words) < 800
+
+
+def test_the_command_explains_a_text_and_writes_a_page(pipeline, tmp_path, capsys):
+    settings = [part for name, value in {**QUICK, "seeds": 2}.items() for part in ("-p", name, str(value))]
+    page = tmp_path / "card.html"
+    assert clvq.main(["explain", "a dull film", "--scale", "smoke", "--top", "2", "--html", str(page), *settings]) == 0
+    said = capsys.readouterr().out
+    assert "a dull film" in said and "Without a random concept" in said and said.count("nearest in the training text") <= 2
+    assert page.read_text("utf8").startswith("<!doctype html>")
+    assert clvq.main(["explain", " ", "--scale", "smoke", *settings]) == 2
+    assert clvq.main(["explain", "film", "--data", "nowhere.csv"]) == 2
