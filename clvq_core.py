@@ -76,8 +76,8 @@ __all__ = [
     "variance_explained", "perplexity", "Concepts", "clusters", "SparseAutoencoder", "train_sae", "unlearned", "concept_table",
     "word_cloud", "plot_style", "show_table", "glue", "ablate", "remove", "Trial", "faithfulness", "retrained", "removal_curve",
     "shift_test", "in_model", "summarise", "smallest_difference", "rationale_overlap", "planted_task", "causal_rank", "Pipeline",
-    "concept_effects", "agreement", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep", "read_sweep", "seed_means",
-    "means_text", "studies",
+    "concept_effects", "agreement", "top_words", "of_class", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep",
+    "read_sweep", "seed_means", "means_text", "studies",
 ]
 
 
@@ -1941,6 +1941,16 @@ def concept_table(tokens: pd.DataFrame, codes: Int[Tensor, "N"], texts: Sequence
     }).sort_values("size", ascending=False, kind="stable").reset_index(drop=True)
 
 
+def top_words(word_counts: str, n: int = 5) -> str:
+    """The first words of `concept_table`'s word_counts, each with its count."""
+    return ", ".join(f"{word} ×{count}" for word, count in itertools.islice(json.loads(word_counts).items(), n))
+
+
+def of_class(labels: Sequence[str], purity: Sequence[float]) -> list[str]:
+    """Most frequent class and its share, as shown; nothing for concepts that no training state has."""
+    return [f"{label} {share:.0%}" if label else "–" for label, share in zip(labels, purity, strict=True)]
+
+
 @dataclass(repr=False)
 class Explanation:
     """A text's class, and the concepts of its words; made by `Pipeline.explain`. Prints as text, shows as a card in notebooks."""
@@ -1962,7 +1972,7 @@ class Explanation:
         words = self.words[self.words["concept"].isin(list(self.examples))].sort_values("salience", ascending=False, kind="stable")
         return pd.DataFrame({
             "word": words["word"], "salience": words["salience"].map("{:.2f}".format), "concept": words["concept"].map("#{}".format),
-            "class": [f"{name} {share:.0%}" for name, share in zip(words["label"], words["purity"], strict=True)],
+            "class": of_class(words["label"], words["purity"]),
             "without it": words["change"].map("{:+.3f}".format), "words of the concept": words["concept_words"]})
 
     @property
@@ -3395,7 +3405,7 @@ class Pipeline:
         table = pd.DataFrame({
             "concept": top["concept"].map("#{}".format), "words": top["words"], "sentences": top["sentences"],
             "effect (95 % interval)": interval,
-            "class": [f"{name} {share:.0%}" for name, share in zip(top["label"], top["purity"], strict=True)],
+            "class": of_class(top["label"], top["purity"]),
             "answers changed": top["flipped"].map("{:.1%}".format), "stability": top["stability"].map("{:.2f}".format).replace("nan", "–"),
             "training text": top["examples"].map(" | ".join)})
         facts = (f"Model {self.config.model}, data {self.config.dataset}, layers {source} to {target}. The classifier is right on "
@@ -3422,17 +3432,17 @@ class Pipeline:
         random = effects.loc[effects["control"], "confidence"]
         words = tokens.loc[~tokens["is_summary"], ["word", "salience", "concept"]]
         about = self.concepts.set_index("concept").loc[words["concept"]]
-        words = words.assign(concept_words=about["words"].str.split(", ").str[:5].str.join(", ").to_numpy(),
+        words = words.assign(concept_words=about["word_counts"].map(top_words).to_numpy(),
                              label=about["label"].to_numpy(), purity=about["purity"].to_numpy(), change=of.loc[words["concept"]].to_numpy())
         chosen = words.sort_values("salience", ascending=False, kind="stable")["concept"].drop_duplicates().head(top)
         train = self.activations("train")
         codes = model.assign(train.states[layer])
         found = {}
         for concept in chosen.tolist():
-            rows = (codes == concept).nonzero()[:, 0]
+            rows = (codes == concept).nonzero()[:, 0]                                       # none, if only other texts have it
             with torch.no_grad():
                 z = model.encoder(train.states[layer][rows].to(model.vectors.device).float())
-            order = nearest(z, model.vectors[concept][None])[1].argsort().cpu()
+            order = (z - model.vectors[concept]).norm(dim=1).argsort().cpu()
             near = train.tokens.iloc[rows[order].numpy()].drop_duplicates("sentence").head(examples)
             found[concept] = [mark(self.train["text"][sentence], word, summary) for sentence, word, summary in
                               zip(near["sentence"], near["word"], near["is_summary"], strict=True)]
