@@ -378,8 +378,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(train_sentences=600, test_sentences=120, finetune_epochs=1, min_count=2, all_layers=True, n_codes=50, start_iterations=5,
                   decoder_layers=1, feedforward=256, epochs=4, salience_steps=4, cluster_points=1500, sae_epochs=1, seeds=2, folds=5,
                   probe_epochs=30, bootstrap=200, batch_tokens=2048),
-    "laptop": dict(test_sentences=1000, all_layers=True, decoder_layers=1, feedforward=1024, dropout=0.0, epochs=5, batch_sentences=32,
-                   lr_patience=2, salience_steps=8, cluster_points=6000, sae_epochs=4, batch_tokens=2048),
+    "laptop": dict(train_sentences=6000, test_sentences=1000, all_layers=True, decoder_layers=1, feedforward=1024, dropout=0.0, epochs=5,
+                   batch_sentences=32, lr_patience=2, salience_steps=8, cluster_points=6000, sae_epochs=4, batch_tokens=2048),
     "paper": {},
     "authors": dict(words="whitespace", frequency_filter="first", salience_steps=500, start_in="averages", mask="anticausal",
                     norm_first=False, standardize_targets=False, learning_rate=5e-3, clip_norm=0.0, sae_rows="source",
@@ -2912,7 +2912,7 @@ def side_by_side(function: Callable[..., Any], calls: Sequence[Sequence[Any]], w
         if not local and not any(all(has.get(name, 0) >= amount for name, amount in (resources or {}).items()) for has in there):
             tqdm.write(f"waiting for a worker{f' with {dict(resources)}' if resources else ''}: there is none yet", file=sys.stderr)
         futures = {client.submit(at_work, function, arguments, threads, code_hash(function.__name__), pure=False, retries=retries,
-                                 resources=dict(resources or {})): i for i, arguments in enumerate(calls)}
+                                 priority=-i, resources=dict(resources or {})): i for i, arguments in enumerate(calls)}       # in order
         for future in as_completed(futures, loop=client.loop):
             yield futures[future], future.exception() if future.status == "error" else future.result()
             future.release()
@@ -2921,7 +2921,7 @@ def side_by_side(function: Callable[..., Any], calls: Sequence[Sequence[Any]], w
 def ahead(wanted: Sequence[tuple[Any, ...]], workers: int | None = None) -> None:
     """Compute results of pipelines, (pipeline, name, arguments…), side by side, so that they are kept when they are asked for.
 
-    What fails here fails again where it is asked for.
+    They are begun in this order: what others need, and what takes long, belongs first. What fails here fails again where it is asked for.
     """
     missing = [(pipeline.config, pipeline.cache, *what) for pipeline, *what in wanted if not pipeline.has(*what)]
     bar = tqdm(total=len(missing), desc="computing side by side", unit="result", disable=not missing)
@@ -3251,6 +3251,15 @@ class Pipeline:
         sae.load_state_dict(weights)
         name = f"TopK SAE {neurons}" if top_k else f"SAE {neurons}"
         return sae_concepts(sae, self.layers, name, self.config, json.loads((folder / "facts.json").read_text("utf8")))
+
+    @property
+    def parts(self) -> list[tuple[Any, ...]]:
+        """The steps behind `methods`, for `ahead`: those that take long first."""
+        source, target = self.layers
+        pairs = dict.fromkeys([(source, target), (source, source), (target, target)])
+        return [*((self, "train_folder", pair) for pair in pairs),
+                *((self, "sae", neurons, self.config.sae_top_k if top_k else 0) for neurons, top_k in SAES),
+                *((self, "clusters", how) for how in CLUSTERS)]
 
     @cached_property
     def methods(self) -> list[Any]:
