@@ -1946,7 +1946,7 @@ def top_words(word_counts: str, n: int = 5) -> str:
     return ", ".join(f"{word} ×{count}" for word, count in itertools.islice(json.loads(word_counts).items(), n))
 
 
-def of_class(labels: Sequence[str], purity: Sequence[float]) -> list[str]:
+def of_class(labels: pd.Series, purity: pd.Series) -> list[str]:
     """Most frequent class and its share, as shown; nothing for concepts that no training state has."""
     return [f"{label} {share:.0%}" if label else "–" for label, share in zip(labels, purity, strict=True)]
 
@@ -3409,8 +3409,8 @@ class Pipeline:
     def write_report(self, path: Path, most: int = 100) -> Path:
         """The report as one file of HTML that needs no other: the ``most`` first of its concepts."""
         top, (source, target) = self.report.head(most), self.layers
-        interval = [f"{r.effect:+.4f}" + (f" ({r.effect_low:+.4f} to {r.effect_high:+.4f})" if r.sentences > 1 else "")
-                    for r in top.itertuples()]
+        bounds = zip(top["effect"], top["effect_low"], top["effect_high"], strict=True)
+        interval = [f"{mean:+.4f}" + ("" if math.isnan(low) else f" ({low:+.4f} to {high:+.4f})") for mean, low, high in bounds]
         table = pd.DataFrame({
             "concept": top["concept"].map("#{}".format), "words": top["words"], "sentences": top["sentences"],
             "effect (95 % interval)": interval,
@@ -3455,7 +3455,8 @@ class Pipeline:
             near = train.tokens.iloc[rows[order].numpy()].drop_duplicates("sentence").head(examples)
             found[concept] = [mark(self.train["text"][sentence], word, summary) for sentence, word, summary in
                               zip(near["sentence"], near["word"], near["is_summary"], strict=True)]
-        return Explanation(text, chances.to_dict(), words.reset_index(drop=True), (random.mean(), random.min(), random.max()), found)
+        return Explanation(text, dict(zip(map(str, chances.index), chances.tolist(), strict=True)), words.reset_index(drop=True),
+                           (random.mean(), random.min(), random.max()), found)
 
     @cached_property
     def alone(self) -> pd.DataFrame:

@@ -474,8 +474,9 @@ def test_jigsaw_is_balanced_and_keeps_the_kinds_of_toxicity(tmp_path):
 
 @needs_shared
 def test_jigsaw_has_the_papers_9000_and_784_rows():
-    corpus = load(f"jigsaw:{SHARED / 'jigsaw' / 'jigsaw_balanced_10k.csv.gz'}")
-    assert corpus["split"].value_counts().to_dict() == {"train": 9000, "test": 784}
+    corpus = load(f"jigsaw:{SHARED / 'jigsaw' / 'jigsaw_balanced_10k.csv.gz'}", words="whitespace")
+    assert corpus["split"].value_counts().to_dict() == {"train": 9000 - corpus.attrs["dropped"]["repeated"], "test": 784}
+    assert corpus.attrs["dropped"]["repeated"] <= 1 and corpus.attrs["dropped"]["too long or empty"] == 0
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])
