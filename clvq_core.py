@@ -2007,7 +2007,7 @@ class Explanation:
 def plain_html(frame: pd.DataFrame) -> str:
     """A table of HTML in which nothing is markup but its own, and nothing is cut."""
     with pd.option_context("display.max_colwidth", None):
-        return frame.to_html(index=False, border=0, escape=True)
+        return frame.to_html(index=False, border=0, escape=True, justify="left").replace("<td>", '<td style="text-align: left">')
 
 
 PAGE = """<!doctype html>
