@@ -3417,10 +3417,11 @@ class Pipeline:
             "class": of_class(top["label"], top["purity"]),
             "answers changed": top["flipped"].map("{:.1%}".format), "stability": top["stability"].map("{:.2f}".format).replace("nan", "–"),
             "training text": top["examples"].map(" | ".join)})
-        facts = (f"Model {self.config.model}, data {self.config.dataset}, layers {source} to {target}. The classifier is right on "
-                 f"{self.accuracy:.3f} of {len(self.test):,} sentences. Effect: change of the probability of the model's own answer when "
-                 "the concept is removed from each position of a sentence that has it, around the mean, less that of random ones in the "
-                 "same sentence. Stability: how far it comes back with other seeds (1: in full). Class: that of most states.")
+        facts = (f"Model {Path(self.config.model).name}, data {self.corpus.attrs['name']}, layers {source} to {target}. "
+                 f"The classifier is right on {self.accuracy:.3f} of {len(self.test):,} sentences. Effect: change of the probability "
+                 "of the model's own answer when the concept is removed from each position of a sentence that has it, around the "
+                 "mean, less that of random ones in the same sentence. Stability: how far it comes back with other seeds (1: in "
+                 "full). Class: that of most states.")
         return write_page(path, f"Concepts of {Path(self.config.model).name} on {self.corpus.attrs['name']}",
                           f"<p>{html.escape(facts)}</p>{plain_html(table)}")
 
@@ -3512,7 +3513,7 @@ class Pipeline:
     def provenance(self, scale: str) -> str:
         """One line that says where a page's numbers come from."""
         made, config, (source, target) = environment(), self.config, self.layers
-        return (f"Scale **{scale}**, model `{config.model}`, data `{config.dataset}`, layers {source} → {target}, "
+        return (f"Scale **{scale}**, model `{Path(config.model).name}`, data `{self.corpus.attrs['name']}`, layers {source} → {target}, "
                 f"seed {config.seed}. Made on {made['date']} on {made['device']} with torch {made['torch']}, "
                 f"transformers {made['transformers']}, at commit `{made['commit'] or 'unknown'}`.")
 
