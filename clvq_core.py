@@ -77,7 +77,7 @@ __all__ = [
     "word_cloud", "plot_style", "show_table", "glue", "ablate", "remove", "Trial", "faithfulness", "retrained", "removal_curve",
     "shift_test", "in_model", "summarise", "smallest_difference", "rationale_overlap", "planted_task", "causal_rank", "Pipeline",
     "concept_effects", "agreement", "top_words", "of_class", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep",
-    "read_sweep", "seed_means", "means_text", "studies",
+    "read_sweep", "seed_means", "means_text", "studies", "removal_table",
 ]
 
 
@@ -2813,6 +2813,23 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
     return pd.DataFrame([{**dict(zip(keys, key, strict=True)), **row} for key, row in found.items()])
 
 
+def removal_table(results: pd.DataFrame, config: ProbeSettings, way: Way = "projection") -> pd.DataFrame:
+    """For people: what removing the salient concept costs the probe, a row a method and layer, with 95 % intervals; the differences are
+    paired over sentences. ``results`` as of `faithfulness`, of one seed or several."""
+    wanted = {"probe": ["frozen"], "removed": ["nothing", "concept", "random code"], "way": ["none", way]}
+    own = results[np.logical_and.reduce([results[name].isin(values) for name, values in wanted.items()])]
+    nothing, code = (summarise(own, config, against=other).query("removed == 'concept'").to_dict("records")
+                     for other in ("nothing", "random code"))
+    rows = []
+    for row, gap in zip(nothing, code, strict=True):
+        rows.append({"method": row["method"], "layer": row["layer"],
+                     "without the concept": "{accuracy:.3f} ({accuracy_low:.3f} to {accuracy_high:.3f})".format_map(row),
+                     "sd over seeds": "–" if math.isnan(row["accuracy_sd_seeds"]) else f"{row['accuracy_sd_seeds']:.3f}",
+                     "against nothing removed": "{change:+.3f} ({change_low:+.3f} to {change_high:+.3f})".format_map(row),
+                     "against a random code": "{change:+.3f} ({change_low:+.3f} to {change_high:+.3f})".format_map(gap)})
+    return pd.DataFrame(rows)
+
+
 def smallest_difference(deviation: float, sentences: int, power: float = 0.8, level: float = 0.05) -> float:
     """The smallest true difference in accuracy between two removals that a paired two-sided test finds with this power.
 
@@ -3296,28 +3313,33 @@ class Pipeline:
         settings = self.config.subset(ActivationSettings)
         return [*self.inputs(getattr(self, split)), replace(settings, source_layer=None, target_layer=None, all_layers=False)]
 
-    def train_folder(self, layers: tuple[int, int]) -> Path:
-        """Folder of a CLVQ-VAE between two of the kept layers: config.json, model.safetensors, metrics.parquet, environment.json."""
+    def started(self, layer: int, x: Float[Tensor, "N D"] | None = None) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
+        """The codes that trainings from a layer's states begin with, and how many states each has; `start_codebook`. ``x`` are the states
+        that are trained on, where they are at hand."""
         from safetensors.torch import load_file, save_file
 
+        config, acts = self.config, self.activations("train")
+
+        def build(partial: Path) -> None:
+            states = x if x is not None else acts.states[layer][acts.rows(split_sentences(acts, config)[0])].float()
+            codes, counts = start_codebook(states, config.subset(ModelSettings), torch.Generator().manual_seed(config.seed))
+            save_file({"codes": codes.contiguous(), "counts": counts}, partial / "start.safetensors")
+
+        own = [layer, config.n_codes, config.start, config.start_iterations]
+        which = [config.seed, config.train_share, config.validation_share]
+        folder = self.step("start", build, ["start_codebook", "split_sentences", "extract"], *self.states_inputs(), own, which)
+        found = load_file(folder / "start.safetensors")
+        return found["codes"], found["counts"]
+
+    def train_folder(self, layers: tuple[int, int]) -> Path:
+        """Folder of a CLVQ-VAE between two of the kept layers: config.json, model.safetensors, metrics.parquet, environment.json."""
         config = self.config
-
-        def start(x: Tensor, settings: ModelSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            def build(partial: Path) -> None:
-                codes, counts = start_codebook(x, settings, generator)
-                save_file({"codes": codes.contiguous(), "counts": counts}, partial / "start.safetensors")
-
-            own = [layers[0], settings.n_codes, settings.start, settings.start_iterations]
-            which = [config.seed, config.train_share, config.validation_share]
-            folder = self.step("start", build, ["start_codebook", "split_sentences", "extract"], *self.states_inputs(), own, which)
-            found = load_file(folder / "start.safetensors")
-            return found["codes"], found["counts"]
 
         def build(partial: Path) -> None:
             acts = self.activations("train")
             tqdm.write(f"training on {len(acts.tokens):,} states of {len(acts.lengths):,} sentences, at most {config.epochs} epochs, with "
                        f"{len(acts.tokens) * acts.source['width'] * 4 / 2**20:,.0f} MiB of states in memory", file=sys.stderr)
-            model, history = train(acts, config, layers, partial, start)
+            model, history = train(acts, config, layers, partial, lambda x, *_: self.started(layers[0], x))
             model.save_pretrained(partial)
             history.to_parquet(partial / "metrics.parquet")
             (partial / "settings.json").write_text(config.to_json(), "utf8")

@@ -387,6 +387,20 @@ def test_the_order_of_the_rows_does_not_matter():
     pd.testing.assert_frame_equal(summarised(shuffled).sort_index(), summarised(*parts).sort_index())
 
 
+def test_the_table_for_people_has_the_summarys_numbers_with_their_signs(results):
+    table = clvq.removal_table(results, probe_settings(bootstrap=100)).set_index("method").loc["planted"]
+    plain, code = (
+        clvq.summarise(results[results["probe"] == "frozen"], probe_settings(bootstrap=100), against=other)
+        .query("method == 'planted' and removed == 'concept' and way == 'projection'")
+        .iloc[0]
+        for other in ("nothing", "random code")
+    )
+    assert table["without the concept"] == f"{plain['accuracy']:.3f} ({plain['accuracy_low']:.3f} to {plain['accuracy_high']:.3f})"
+    for column, row in (("against nothing removed", plain), ("against a random code", code)):
+        assert table[column] == f"{row['change']:+.3f} ({row['change_low']:+.3f} to {row['change_high']:+.3f})" and row["change"] < -0.2
+    assert table["sd over seeds"] == "–"
+
+
 def test_a_change_is_against_the_same_removal_of_something_else_where_that_is_asked():
     parts = [answers(FIRST, removed="nothing"), answers(SECOND), answers(THIRD, removed="gaussian"),
              answers(FIRST, removed="gaussian", way="centred"), answers(THIRD, way="centred", method="other"),
