@@ -460,6 +460,27 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@cache
+def speed() -> float:
+    """How many floating-point operations a second training reaches here, about: half of what a product of two matrices does."""
+    device = best_device()
+    x = torch.ones(1024, 1024, device=device)
+    with autocast(device, "auto"), torch.no_grad():
+        for _ in range(4):                                                                  # the first ones warm up
+            began = time.perf_counter()
+            float((x @ x @ x)[0, 0])
+            seconds = time.perf_counter() - began
+    return 2 * 1024**3 / seconds
+
+
+def announce(what: str, operations: float, memory: float, disk: float = 0.0) -> None:
+    """Say on the error stream what a long step takes before it begins: minutes at `speed`, and bytes; nothing of a step of seconds."""
+    if operations > 1e12:
+        kept = f", {disk / 2**20:,.0f} MiB on disk" if disk else ""
+        tqdm.write(f"{what}: {operations / 1e12:,.0f} TFLOP, about {operations / speed() / 60:,.1f} min here, "
+                   f"at least {memory / 2**30:.1f} GiB of memory{kept}", file=sys.stderr)
+
+
 def pad_rows(offsets: Int[Tensor, "S+1"], sentences: Int[Tensor, "B"]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
     """Rows of a ragged array that make a padded batch, and its mask (True = real). Padding repeats a sentence's first row."""
     first, last = offsets[sentences], offsets[sentences + 1]
@@ -825,6 +846,11 @@ class LanguageModel:
         lines = torch.arange(len(mask), device=mask.device)
         return lines, mask.sum(1) - 1 if self.prompt else torch.zeros_like(lines)
 
+    @property
+    def block_weights(self) -> int:
+        """How many weights the blocks have."""
+        return sum(parameter.numel() for parameter in getattr(*self.block_list()).parameters())
+
     def block_list(self) -> tuple[nn.Module, str]:
         """Where the model keeps its blocks: the module that owns the list, and the list's name in it."""
         for owner in self.model.base_model.modules():
@@ -1072,6 +1098,8 @@ def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], 
     optimizer = torch.optim.AdamW(lm.model.parameters(), lr=config.finetune_learning_rate, weight_decay=0.01, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(config.finetune_warmup * total), total)
     history = []
+    announce(f"fine-tuning {lm.name} on {len(texts):,} texts", 6 * lm.block_weights * len(encoded.ids) * config.finetune_epochs,
+             16 * sum(parameter.numel() for parameter in lm.model.parameters()))
     lm.model.train()
     with tqdm(total=total, desc=f"fine-tuning {lm.name}", unit="step", mininterval=1) as bar:
         for epoch in range(config.finetune_epochs):
@@ -1272,8 +1300,9 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
     tokens = tokens.reset_index(drop=True)
     layers = sorted(set(layers))
     width = lm.model.config.hidden_size
-    tqdm.write(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}: "
-               f"{len(tokens) * len(layers) * width * 2 / 2**20:,.0f} MiB on disk", file=sys.stderr)
+    operations = 2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids)
+    announce(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}", operations, 4 * lm.block_weights,
+             len(tokens) * len(layers) * width * 2)
     files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", np.float16, (len(tokens), width)) for layer in layers}
     first, last = torch.from_numpy(tokens[["first", "last"]].to_numpy().copy()).unbind(1)
     offsets = torch.from_numpy(np.searchsorted(tokens["sentence"], np.arange(len(texts) + 1)))
@@ -1334,6 +1363,9 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int, config: Confi
         return layer_states(lm, [layer], ids, mask)[layer].float()
 
     batches = length_batches(lengths, max(1, config.batch_tokens // 4))
+    passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers   # of the whole model, there and back
+    announce(f"salience of {len(texts):,} texts at {config.salience_steps} points", 2 * passes * lm.block_weights * len(encoded.ids),
+             4 * lm.block_weights)
     mean = None
     if config.salience_baseline == "mean":
         padded = [pad_ids(lm, encoded, batch) for batch in batches]
@@ -1833,6 +1865,10 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
         first = {"epoch": 0, **{f"validation_{k}": v for k, v in result.items()}, "alpha": model.encoder.alpha.item()}
         record = {"epoch": 0, "best": result["loss"], "waited": 0, "history": [first]}
 
+    weights, left = sum(parameter.numel() for parameter in trainable), config.epochs - record["epoch"]
+    operations = len(rows) * left * (6 * weights + 2 * model.vectors.numel())
+    announce(f"training on {len(acts.tokens):,} states, at most {left} epochs", operations,
+             4 * (acts.states[source].numel() + acts.states[target].numel()) + 16 * weights, 16 * weights)
     bar = tqdm(total=config.epochs, initial=record["epoch"], desc="training CLVQ-VAE", unit="epoch")
     while record["epoch"] < config.epochs and record["waited"] < config.stop_patience:
         epoch, began = record["epoch"] + 1, time.perf_counter()
@@ -2013,8 +2049,8 @@ SAES = ((2048, False), (4096, False), (2048, True))
 def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: int, config: Config) -> SparseAutoencoder:
     """A trained cross-layer sparse autoencoder: Adam, decoder rows brought back to unit length after each step."""
     x, y = (acts.states[layer].float() for layer in layers)
-    tqdm.write(f"training an SAE of {neurons:,} neurons on {len(x):,} states: {6e-12 * x.numel() * 2 * neurons * config.sae_epochs:.1f} "
-               f"TFLOP, {(x.numel() + y.numel()) * 4 / 2**30:.1f} GiB of states in memory", file=sys.stderr)
+    announce(f"training an SAE of {neurons:,} neurons on {len(x):,} states", 6 * x.numel() * 2 * neurons * config.sae_epochs,
+             (x.numel() + y.numel()) * 4)
     device, generator = best_device(), torch.Generator().manual_seed(config.seed)
     with seeded(config.seed, neurons):
         sae = SparseAutoencoder(x.shape[1], y.shape[1], neurons, top_k)
@@ -3337,8 +3373,6 @@ class Pipeline:
 
         def build(partial: Path) -> None:
             acts = self.activations("train")
-            tqdm.write(f"training on {len(acts.tokens):,} states of {len(acts.lengths):,} sentences, at most {config.epochs} epochs, with "
-                       f"{len(acts.tokens) * acts.source['width'] * 4 / 2**20:,.0f} MiB of states in memory", file=sys.stderr)
             model, history = train(acts, config, layers, partial, lambda x, *_: self.started(layers[0], x))
             model.save_pretrained(partial)
             history.to_parquet(partial / "metrics.parquet")

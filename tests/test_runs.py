@@ -1,5 +1,6 @@
 """The cache, the pipeline, notebooks run by papermill, and the command line."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -385,3 +386,30 @@ def test_info_and_clean_speak_of_the_cache(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("1e-3", 1e-3), ("true", True), ("None", None), ("news", "news"), ("-2", -2)])
 def test_parameters_are_read_as_numbers_where_they_look_like_numbers(text, value):
     assert clvq.parse_value(text) == value and type(clvq.parse_value(text)) is type(value)
+
+
+# --- what a long step takes -------------------------------------------------------------------------------------------
+
+
+def test_a_long_step_says_before_it_begins_what_it_takes_and_a_short_one_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(clvq, "speed", lambda: 2e11)
+    clvq.announce("training", 2.4e13, 3 * 2**30, 5 * 2**20)
+    assert capsys.readouterr().err == "training: 24 TFLOP, about 2.0 min here, at least 3.0 GiB of memory, 5 MiB on disk\n"
+    clvq.announce("training", 1e11, 2**30)
+    assert capsys.readouterr().err == ""
+
+
+def test_every_long_step_says_what_it_takes(monkeypatch, tmp_path, minilm, tiny_acts, tiny_config):
+    said = []
+    monkeypatch.setattr(clvq, "announce", lambda what, operations, memory, disk=0: said.append((what.split(" ")[0], operations, memory)))
+    texts, config = ["a dull film", "a moving film"], clvq.configure("smoke", finetune_epochs=2, salience_steps=2)
+    clvq.finetune(copy.deepcopy(minilm), texts, torch.tensor([0, 1]), config)
+    clvq.extract(minilm, texts, [3], config, tmp_path)
+    clvq.attribute(minilm, texts, 3, config)
+    clvq.train(tiny_acts, tiny_config, (0, 1))
+    clvq.train_sae(tiny_acts, (0, 1), 64, 0, tiny_config)
+    assert [what for what, _, _ in said] == ["fine-tuning", "extracting", "salience", "training", "training"]
+    weights, sub_words = 6 * (4 * 384**2 + 2 * 384 * 1536 + 9 * 384 + 1536), 10  # MiniLM's blocks; [CLS] a dull film [SEP], twice
+    passes = [2 * 6, 1, 2 * (1 + 2 * 2)]  # over all blocks: two epochs of training; up to block 3 of 6; to 3, then 2 points there and back
+    assert [operations for _, operations, _ in said[:3]] == [n * weights * sub_words for n in passes]
+    assert all(memory > 0 for _, _, memory in said)
