@@ -3251,9 +3251,17 @@ class Pipeline:
 
     @cached_property
     def corpus(self) -> pd.DataFrame:
-        """The corpus; `load_corpus`."""
+        """The corpus; `load_corpus`. Its classes are in the order of a model that has a head for classes of the same names."""
         settings, path = self.config.subset(CorpusSettings), corpus_path(self.config.dataset)
-        return kept_corpus(settings, hash_file(path) if path and path.is_file() else "")
+        corpus = kept_corpus(settings, hash_file(path) if path and path.is_file() else "")
+        own = [str(name).casefold() for _, name in sorted((self.model_config.id2label or {}).items())]
+        names = [name.casefold() for name in corpus.attrs["label_names"]]
+        if self.config.finetune or own == names or sorted(own) != sorted(names):
+            return corpus
+        moved = corpus.assign(label=corpus["label"].map([own.index(name) for name in names].__getitem__))
+        moved.attrs |= {"label_names": [corpus.attrs["label_names"][names.index(name)] for name in own],
+                        "hash": hash_text(corpus.attrs["hash"], own)}
+        return moved
 
     @cached_property
     def train(self) -> pd.DataFrame:

@@ -388,6 +388,30 @@ def test_parameters_are_read_as_numbers_where_they_look_like_numbers(text, value
     assert clvq.parse_value(text) == value and type(clvq.parse_value(text)) is type(value)
 
 
+# --- a model's own head -----------------------------------------------------------------------------------------------
+
+
+def test_a_head_with_its_classes_in_another_order_is_matched_by_their_names(minilm, tmp_path):
+    pd.DataFrame({"text": [f"film {i} is {'good' if i % 3 else 'bad'}" for i in range(60)], "label": ["positive", "negative"] * 30}).to_csv(
+        tmp_path / "reviews.csv", index=False
+    )
+    right = []
+    for names in (["negative", "positive"], ["POSITIVE", "NEGATIVE"], ["LABEL_0", "LABEL_1"]):
+        model, folder = copy.deepcopy(minilm.model), tmp_path / names[0]
+        model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        if names[0] == "POSITIVE":
+            for weights in model.classifier.parameters():
+                weights.data = weights.data.flip(0)
+        model.save_pretrained(folder)
+        minilm.tokenizer.save_pretrained(folder)
+        config = clvq.configure("smoke", model=str(folder), finetune=False, dataset=str(tmp_path / "reviews.csv"), n_codes=10, folds=2)
+        pipeline = clvq.Pipeline(config, tmp_path)
+        assert pipeline.label_names == (["positive", "negative"] if names[0] == "POSITIVE" else ["negative", "positive"])
+        logits = clvq.predict(pipeline.language_model, clvq.encode(minilm, pipeline.test["text"].tolist(), config), config)
+        right.append((logits.argmax(1).numpy() == pipeline.test["label"]).tolist())
+    assert right[0] == right[1] == right[2] and 0 < np.mean(right[0]) < 1
+
+
 # --- what a long step takes -------------------------------------------------------------------------------------------
 
 
