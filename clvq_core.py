@@ -1348,7 +1348,7 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int, config: Confi
     logit (Sundararajan et al. 2017); summed over the width, L2-normalised over the sentence, the largest over a word's
     sub-words, as in the authors' code. The baseline ``b`` is the state of the same layer for another input
     (`salience_baseline`). Only the blocks above the layer run. The table is `align_words`' with a column salience;
-    the final separator is no row of it.
+    the final separator is no row of it. The summary of a model that is asked by a prompt belongs to the prompt, and has none.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
@@ -1396,6 +1396,8 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int, config: Confi
             bar.update(len(batch))
     spans = np.stack([tokens["first"], tokens["last"] + 1], 1).ravel()                      # [first, last + 1, first, ...]
     tokens["salience"] = np.maximum.reduceat(np.append(salience.numpy(), -np.inf), spans)[::2]
+    if lm.prompt:                                                                           # its last token is none of the text's
+        tokens.loc[tokens["is_summary"], "salience"] = math.nan
     return tokens, logits
 
 
@@ -3444,7 +3446,7 @@ class Pipeline:
     def salient(self) -> pd.DataFrame:
         """The most salient position of each evaluation sentence."""
         tokens = self.salience[0]
-        return tokens.loc[tokens.groupby("sentence")["salience"].idxmax()]
+        return tokens.loc[tokens["salience"].fillna(-1).groupby(tokens["sentence"]).idxmax()]
 
     def trial_of(self, layers: Sequence[int]) -> Trial:
         """The evaluation sentences as the tests of faithfulness take them, with states of these layers; their probes are kept."""

@@ -192,9 +192,10 @@ def test_states_are_those_the_model_reports(family, lm, tmp_path):
             torch.testing.assert_close(acts.states[layer][np.flatnonzero(rows)].float(), own, atol=2e-2, rtol=2e-3)
 
 
-def test_salience_has_every_word_and_is_finite(lm):
+def test_every_word_has_salience_and_the_summary_too_unless_it_belongs_to_a_prompt(lm):
     tokens, logits = clvq.attribute(lm, TEXTS, 1, setup())
-    assert np.isfinite(tokens["salience"]).all() and tokens["salience"].abs().max() > 0
+    assert (tokens["salience"].isna() == (tokens["is_summary"] & (lm.prompt is not None))).all()
+    assert np.isfinite(tokens.loc[~tokens["is_summary"], "salience"]).all() and tokens["salience"].abs().max() > 0
     torch.testing.assert_close(logits, clvq.predict(lm, clvq.encode(lm, TEXTS, setup()), setup()), atol=1e-4, rtol=1e-4)
 
 
@@ -220,6 +221,7 @@ def test_a_whole_run_from_a_folder_to_the_models_own_answers(family, tmp_path, m
         target_layer=3,
     )
     pipeline = clvq.Pipeline(config, tmp_path).check()
+    assert name not in DECODERS or not pipeline.salient["is_summary"].any()
     assert len(pipeline.alone) > 0 and len(pipeline.in_model(["CLVQ-VAE"])) == 40 * 4 and len(pipeline.report)
     assert pipeline.explain("a dull film").words["word"].tolist() == ["a", "dull", "film"]
 
