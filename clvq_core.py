@@ -3340,7 +3340,8 @@ class Pipeline:
     def inputs(self, split: pd.DataFrame) -> list[Any]:
         """What states of these sentences depend on, settings aside."""
         model = [hash_file(path) for path in sorted(self.model_folder.glob("*.safetensors"))]
-        return [model, hash_text(split["text"].tolist()), self.config.words, self.config.max_tokens, self.config.data_seed]
+        asked = [self.asked] if self.asked else []
+        return [model, hash_text(split["text"].tolist()), self.config.words, self.config.max_tokens, self.config.data_seed, *asked]
 
     def activations(self, split: Literal["train", "test"], layers: Sequence[int] = ()) -> Activations:
         """States of these layers, or of source and target, or of all (`all_layers`): of the training sentences after the

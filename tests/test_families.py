@@ -250,6 +250,18 @@ def test_a_model_that_continues_text_is_not_fine_tuned(family, refused):
 
 
 @pytest.mark.parametrize("family", ["Llama"], indirect=True)
+def test_what_is_kept_of_one_prompt_is_not_taken_for_another(family, tmp_path):
+    base = dict(model=str(family[1]), finetune=False, decoder_heads=4, n_codes=10, train_sentences=40, test_sentences=20, max_tokens=60)
+    found = []
+    for asked in ({}, dict(prompt="{text}\nAnswer:"), dict(answers="dull, fine"), {}):
+        pipeline = clvq.Pipeline(clvq.configure("smoke", salience_steps=2, **base, **asked), tmp_path)
+        found.append((pipeline.salience[1].to_numpy(), pipeline.activations("test").states[1].float().numpy()))
+    (logits, states), (others, elsewhere), (answers, same), (again, _) = found
+    assert np.abs(others - logits).max() > 0.01 and not np.array_equal(elsewhere, states)  # by another prompt all is other
+    assert np.abs(answers - logits).max() > 0.01 and np.array_equal(same, states) and np.array_equal(again, logits)
+
+
+@pytest.mark.parametrize("family", ["Llama"], indirect=True)
 @pytest.mark.parametrize(
     "settings, part",
     [
