@@ -282,12 +282,6 @@ def test_an_autoencoder_depends_on_the_seed_alone_and_the_global_state_stays(tin
     assert not torch.allclose(first.decoder, other.decoder, atol=1e-2)
 
 
-def test_what_training_will_cost_is_said(tiny_acts, capsys):
-    clvq.train_sae(tiny_acts, LAYERS, 16, 4, settings(sae_epochs=1))
-    said = capsys.readouterr().err
-    assert f"SAE of 16 neurons on {len(tiny_acts.tokens):,} states" in said and "GiB" in said
-
-
 def test_encoder_rows_live_at_the_source_and_decoder_rows_at_the_target_and_both_read_the_source(halves, topk):
     facts = clvq.sae_facts(topk, halves[0], LAYERS)
     encoder, decoder = clvq.sae_concepts(topk, LAYERS, "TopK SAE 64", settings(), facts)
