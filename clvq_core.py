@@ -432,6 +432,58 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(partial, path)
 
 
+def cache_folder() -> Path:
+    """Where finished steps are kept: $CLVQ_CACHE, else .cache/clvq in the home folder."""
+    return Path(os.environ.get("CLVQ_CACHE") or Path.home() / ".cache" / "clvq").expanduser()
+
+
+def environment() -> dict[str, Any]:
+    """What a result was made with: versions, commit, device, date."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "pandas", "scikit-learn")}
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    commit = git("rev-parse", "--short=10", "HEAD") if git("rev-parse", "--show-toplevel") == str(here) else ""
+    changed = commit and git("status", "--porcelain", "--", "clvq_core.py")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    return {"clvq": __version__, "commit": commit + ("+changes" if changed else ""), "python": platform.python_version(), **versions,
+            "device": device, "date": time.strftime("%Y-%m-%d")}
+
+
+def peak_memory() -> int | None:
+    """Most memory this process has held, in MiB, where the system tells."""
+    try:
+        import resource
+    except ImportError:                                                                     # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def finished(folder: Path, build: Callable[[Path], Any], **record: Any) -> Path:
+    """The folder of a step, built first if it is not there: in a partial folder that is renamed when it is whole.
+
+    A killed build leaves the partial folder, from which the next one goes on; two processes do not build the same step.
+    """
+    if not folder.exists():
+        from filelock import FileLock
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if not folder.exists():
+                partial, began = folder.with_name(f"{folder.name}.partial"), time.perf_counter()
+                partial.mkdir(exist_ok=True)
+                build(partial)
+                record = {**environment(), **record, "seconds": round(time.perf_counter() - began, 1), "peak_memory_mib": peak_memory()}
+                (partial / "environment.json").write_text(json.dumps(record, indent=2), "utf8")
+                partial.rename(folder)
+    return folder
+
+
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Draws of the block depend on these numbers alone, and leave PyTorch's global state as it was (dropout has no other seed)."""
@@ -820,6 +872,17 @@ class Prompted(nn.Module):
         return SimpleNamespace(logits=logits)
 
 
+class Asked(NamedTuple):
+    """What a model that continues text is asked, as token ids."""
+
+    before: list[int]
+    """The prompt before the text."""
+    after: list[int]
+    """And after it."""
+    answers: list[int]
+    """The first token of each class's answer."""
+
+
 @dataclass
 class LanguageModel:
     """A classifier to be explained, with its tokenizer. Made by `load_language_model`."""
@@ -919,17 +982,6 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     elif tokenizer.cls_token_id is None:
         raise ValueError(f"model {name!r} has no summary token ([CLS]) at the start of its texts")
     return tokenizer
-
-
-class Asked(NamedTuple):
-    """What a model that continues text is asked, as token ids."""
-
-    before: list[int]
-    """The prompt before the text."""
-    after: list[int]
-    """And after it."""
-    answers: list[int]
-    """The first token of each class's answer."""
 
 
 def ask(tokenizer: Any, prompt: str, answers: Sequence[str], name: str) -> Asked:
@@ -2942,11 +2994,6 @@ def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1), 
 # ======================================================================================================
 # 15 Runs: cache, pipeline, papermill
 # ======================================================================================================
-def cache_folder() -> Path:
-    """Where finished steps are kept: $CLVQ_CACHE, else .cache/clvq in the home folder."""
-    return Path(os.environ.get("CLVQ_CACHE") or Path.home() / ".cache" / "clvq").expanduser()
-
-
 @lru_cache(maxsize=1)
 def definitions() -> dict[str, tuple[str, frozenset[str]]]:
     """What this module defines: name to code (without docstrings, comments and annotations) and the names it uses."""
@@ -2981,53 +3028,6 @@ def code_hash(*names: str) -> str:
             seen.add(name)
             todo += known[name][1]
     return hash_text(sorted((name, known[name][0]) for name in seen))
-
-
-def environment() -> dict[str, Any]:
-    """What a result was made with: versions, commit, device, date."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "pandas", "scikit-learn")}
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        try:
-            return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
-    commit = git("rev-parse", "--short=10", "HEAD") if git("rev-parse", "--show-toplevel") == str(here) else ""
-    changed = commit and git("status", "--porcelain", "--", "clvq_core.py")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
-    return {"clvq": __version__, "commit": commit + ("+changes" if changed else ""), "python": platform.python_version(), **versions,
-            "device": device, "date": time.strftime("%Y-%m-%d")}
-
-
-def peak_memory() -> int | None:
-    """Most memory this process has held, in MiB, where the system tells."""
-    try:
-        import resource
-    except ImportError:                                                                     # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def finished(folder: Path, build: Callable[[Path], Any], **record: Any) -> Path:
-    """The folder of a step, built first if it is not there: in a partial folder that is renamed when it is whole.
-
-    A killed build leaves the partial folder, from which the next one goes on; two processes do not build the same step.
-    """
-    if not folder.exists():
-        from filelock import FileLock
-
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if not folder.exists():
-                partial, began = folder.with_name(f"{folder.name}.partial"), time.perf_counter()
-                partial.mkdir(exist_ok=True)
-                build(partial)
-                record = {**environment(), **record, "seconds": round(time.perf_counter() - began, 1), "peak_memory_mib": peak_memory()}
-                (partial / "environment.json").write_text(json.dumps(record, indent=2), "utf8")
-                partial.rename(folder)
-    return folder
 
 
 PROTOCOL = ("CLVQVAE", "CLUSTERS", "SAES", "Trial", "attribute", "clusters", "extract", "sae_concepts", "train", "train_sae", "unlearned")
