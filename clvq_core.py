@@ -15,8 +15,8 @@ Read from top to bottom; nothing uses a name from a later section.
      3 configuration         7 salience                 12 concepts
      4 corpora               8 codebook start           13 faithfulness
      5 language models       9 model                    15 runs
-     6 activations          10 training                 16 command line
-                            11 baselines
+     6 activations          10 training                 16 human evaluation
+                            11 baselines                17 command line
 
 Letters: B sentences in a batch, T positions, N real positions, D width, K codes, S sentences, F folds,
 C classes. Layers count as in ``hidden_states``: 0 is the embeddings, L the output of block L.
@@ -43,7 +43,9 @@ import math
 import os
 import platform
 import re
+import secrets
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -51,7 +53,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache
@@ -77,7 +80,9 @@ __all__ = [
     "word_cloud", "plot_style", "show_table", "glue", "ablate", "remove", "Trial", "faithfulness", "retrained", "removal_curve",
     "shift_test", "in_model", "summarise", "smallest_difference", "rationale_overlap", "planted_task", "causal_rank", "Pipeline",
     "concept_effects", "agreement", "top_words", "of_class", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep",
-    "read_sweep", "seed_means", "means_text", "studies", "removal_table",
+    "read_sweep", "seed_means", "means_text", "studies", "removal_table", "log_odds", "word_table", "surface_labels", "alignment",
+    "transitions", "draw_flow", "matched", "explorer", "outcomes", "make_study", "Study", "rater_agreement", "simulated_answers",
+    "items_needed", "RatingPage", "annotate",
 ]
 
 
@@ -1319,12 +1324,11 @@ class Activations:
         rows, mask = pad_rows(self.offsets, sentences)
         return rows[mask]
 
-    def pad(self, sentences: Int[Tensor, "B"], layers: Sequence[int],
-            device: torch.device) -> tuple[list[Float[Tensor, "B T D"]], Bool[Tensor, "B T"]]:
-        """A padded float32 batch of each layer's states, 0 at padding, and its mask."""
-        rows, mask = pad_rows(self.offsets, sentences)
-        keep = mask.to(device)[..., None]
-        return [self.states[layer][rows].to(device).float() * keep for layer in layers], keep[..., 0]
+    def batch(self, sentences: Int[Tensor, "B"], layers: Sequence[int],
+              device: torch.device) -> tuple[list[Float[Tensor, "N D"]], Int[Tensor, "B"]]:
+        """Each layer's states of these sentences in float32, one sentence after the other without padding, and their lengths."""
+        rows = self.rows(sentences)
+        return [self.states[layer][rows].to(device).float() for layer in layers], self.lengths[sentences]
 
     @classmethod
     def load(cls, folder: Path) -> Activations:
@@ -1556,12 +1560,12 @@ class AdaptiveResidualEncoder(nn.Module):
 class Quantized(NamedTuple):
     """What the quantiser returns."""
 
-    vectors: Float[Tensor, "B T D"]
-    """The chosen code at every real position, 0 at padding; gradients pass straight through."""
-    codes: Int[Tensor, "B T"]
-    """Index of the chosen code, -1 at padding."""
+    vectors: Float[Tensor, "N D"]
+    """The chosen code of every state; gradients pass straight through."""
+    codes: Int[Tensor, "N"]
+    """Its index."""
     commitment: Float[Tensor, ""]
-    """Mean squared difference between states and their codes, over real positions and dimensions; moves the states only."""
+    """Mean squared difference between states and their codes, over states and dimensions; moves the states only."""
 
 
 class Quantizer(nn.Module):
@@ -1614,17 +1618,13 @@ class Quantizer(nn.Module):
         chances = torch.softmax(-near / self.settings.temperature, dim=1)
         return codes.gather(1, torch.multinomial(chances, 1, generator=generator))[:, 0]
 
-    def forward(self, z: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"], generator: torch.Generator | None = None) -> Quantized:
+    def forward(self, z: Float[Tensor, "N D"], generator: torch.Generator | None = None) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
-            real = z[mask].float()                                                          # (N, D)
+            z = z.float()
             with torch.no_grad():
-                chosen = self.sample(real, generator) if self.training else self.nearest(real)
-            vectors = self.codebook[chosen]
-            passed = torch.zeros_like(z, dtype=torch.float32)
-            passed[mask] = real + (vectors - real).detach()
-            codes = torch.full(mask.shape, -1, device=z.device)
-            codes[mask] = chosen
-            return Quantized(passed, codes, F.mse_loss(real, vectors))
+                codes = self.sample(z, generator) if self.training else self.nearest(z)
+            vectors = self.codebook[codes]
+            return Quantized(z + (vectors - z).detach(), codes, F.mse_loss(z, vectors))
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "N D"], codes: Int[Tensor, "N"]) -> None:
@@ -1642,47 +1642,110 @@ class Quantizer(nn.Module):
         self.codebook.copy_(self.sums / self.smoothed()[:, None])
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Each number 0 with probability p, to 1 / 65,536, the others divided by 1 - p. On a CPU four are drawn from each random number,
+    where PyTorch's own draws one by one, which is an eighth of a training step."""
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    drawn = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view_as(x)
+    return x * (drawn >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
+
+
+class Layout(NamedTuple):
+    """Where sentences that stand one after the other without padding (N rows) lie once they are padded (B, T)."""
+
+    shape: tuple[int, int]
+    """B and T."""
+    places: Int[Tensor, "N"] | None
+    """Each row's place among the B T padded ones; none: all are of one length, so that nothing moves."""
+    seen: Bool[Tensor, "B 1 T T"]
+    """What a position sees of its own sentence's positions; itself always, as padding does too."""
+    real: Bool[Tensor, "B 1 1 T"] | None
+    """What is not padding; none: nothing is."""
+
+    @classmethod
+    def of(cls, lengths: Int[Tensor, "B"], mask: str, device: torch.device) -> Layout:
+        """For sentences of these lengths; ``mask`` as in `ModelSettings`."""
+        real = torch.arange(int(lengths.max())) < lengths[:, None]
+        size = real.shape[1]
+        every = torch.ones(size, size, dtype=torch.bool)
+        order = {"causal": every.tril(), "anticausal": every.triu(), "none": every}[mask]
+        seen = real[:, None, :] & order | torch.eye(size, dtype=torch.bool)
+        shape, seen = (len(lengths), size), seen[:, None].to(device)
+        if real.all():
+            return cls(shape, None, seen, None)
+        return cls(shape, real.flatten().nonzero()[:, 0].to(device), seen, real[:, None, None].to(device))
+
+    def pad(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "B T D"]:
+        """0 at padding."""
+        if self.places is not None:
+            x = x.new_zeros(math.prod(self.shape), x.shape[1]).index_copy(0, self.places, x)
+        return x.view(*self.shape, -1)
+
+    def pack(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "N D"]:
+        """Without the padding."""
+        x = x.flatten(0, 1)
+        return x if self.places is None else x.index_select(0, self.places)
+
+
 class Decoder(nn.Module):
-    """Section 2.3: a transformer decoder over the codes, with cross-attention to a memory, then a linear map to the target's width."""
+    """Section 2.3: a transformer decoder over the codes, with cross-attention to a memory, then a linear map to the target's width.
+
+    The layers are PyTorch's and so is their arithmetic, but sentences of unlike lengths stand one after the other without padding;
+    nothing but attention, which goes from position to position, sees them padded.
+    """
 
     def __init__(self, width: int, target_width: int, settings: ModelSettings) -> None:
         super().__init__()
         if width % settings.decoder_heads:
             raise ValueError(f"decoder_heads must divide the width {width}, and {settings.decoder_heads} does not")
-        layer = nn.TransformerDecoderLayer(width, settings.decoder_heads, settings.feedforward, settings.dropout,
-                                           batch_first=True, norm_first=settings.norm_first)
-        norm = nn.LayerNorm(width) if settings.norm_first else None
-        self.blocks = nn.TransformerDecoder(layer, settings.decoder_layers, norm)
-        for block in self.blocks.layers:                                                    # PyTorch makes copies of one layer: all
-            for parameter in block.parameters():                                            # equal at the start unless drawn again
-                if parameter.dim() > 1:
-                    nn.init.xavier_uniform_(parameter)
+        self.layers = nn.ModuleList(nn.TransformerDecoderLayer(width, settings.decoder_heads, settings.feedforward)
+                                    for _ in range(settings.decoder_layers))
+        for parameter in self.layers.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        self.norm = nn.LayerNorm(width) if settings.norm_first else nn.Identity()
         self.out = nn.Linear(width, target_width)
-        self.heads, self.mask = settings.decoder_heads, settings.mask
+        self.settings = settings
 
-    def hidden(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "BH T T"]:
-        """What self-attention must not see: padding, and the future or the past. A position always sees itself, padding too."""
-        seen = mask[:, None, :].expand(-1, mask.shape[1], -1)                               # (B, T, T)
-        if self.mask == "causal":
-            seen = seen.tril()
-        elif self.mask == "anticausal":
-            seen = seen.triu()
-        own = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-        return ~(seen | own).repeat_interleave(self.heads, 0)
-
-    def forward(self, queries: Float[Tensor, "B T D"], memory: Float[Tensor, "B T D"],
-                mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D2"]:
+    def attend(self, attention: Any, x: Float[Tensor, "N D"], memory: Float[Tensor, "N D"], layout: Layout,
+               seen: Bool[Tensor, "B 1 _ T"] | None) -> Float[Tensor, "N D"]:
+        """Multi-head attention from x to the memory, with the weights of an `nn.MultiheadAttention`."""
+        width, heads = x.shape[1], self.settings.decoder_heads
+        weights, biases = attention.in_proj_weight.split([width, 2 * width]), attention.in_proj_bias.split([width, 2 * width])
+        q, k, v = F.linear(x, weights[0], biases[0]), *F.linear(memory, weights[1], biases[1]).chunk(2, 1)
+        q, k, v = (layout.pad(part).unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))    # (B, heads, T, D / heads)
         # On a CPU the plain formula is faster than PyTorch's own choice for sentences of a few words
-        with sdpa_kernel(SDPBackend.MATH) if mask.device.type == "cpu" else nullcontext():
-            return self.out(self.blocks(queries, memory, tgt_mask=self.hidden(mask), memory_key_padding_mask=~mask))
+        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():
+            mixed = F.scaled_dot_product_attention(q, k, v, seen, self.settings.dropout if self.training else 0.0)
+        return attention.out_proj(layout.pack(mixed.transpose(1, 2).flatten(2)))
+
+    def forward(self, queries: Float[Tensor, "N D"], memory: Float[Tensor, "N D"],
+                lengths: Int[Tensor, "B"]) -> Float[Tensor, "N D2"]:
+        layout, x = Layout.of(lengths, self.settings.mask, queries.device), queries
+
+        def drop(x: Tensor) -> Tensor:
+            return dropout(x, self.settings.dropout) if self.training and self.settings.dropout else x
+
+        def add(x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+            return x + drop(part(norm(x))) if self.settings.norm_first else norm(x + drop(part(x)))
+
+        def block(x: Tensor, layer: Any) -> Tensor:
+            x = add(x, layer.norm1, lambda x: self.attend(layer.self_attn, x, x, layout, layout.seen))
+            x = add(x, layer.norm2, lambda x: self.attend(layer.multihead_attn, x, memory, layout, layout.real))
+            return add(x, layer.norm3, lambda x: layer.linear2(drop(layer.linear1(x).relu())))
+
+        for layer in self.layers:
+            x = block(x, layer)
+        return self.out(self.norm(x))
 
 
 class Output(NamedTuple):
     """What CLVQ-VAE returns."""
 
-    reconstruction: Float[Tensor, "B T D2"]
+    reconstruction: Float[Tensor, "N D2"]
     """Predicted target states, in standard deviations if targets are standardised."""
-    encoded: Float[Tensor, "B T D"]
+    encoded: Float[Tensor, "N D"]
     """Encoder outputs z, which the quantiser saw."""
     quantized: Quantized
     """Codes and commitment loss."""
@@ -1712,30 +1775,29 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
         self.register_buffer("target_mean", torch.zeros(target_width))
         self.register_buffer("target_scale", torch.ones(target_width))
 
-    def memory(self, z: Float[Tensor, "B T D"], quantized: Quantized, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    def memory(self, z: Float[Tensor, "N D"], quantized: Quantized) -> Float[Tensor, "N D"]:
         """What the decoder reads beside the codes. The decoder knows no positions, so that another order within the sentence would
-        change nothing: ``shuffled`` takes codes from all over the batch (always the same draw for its shape)."""
+        change nothing: ``shuffled`` takes codes from all over the batch (always the same draw for its size)."""
         kind = self.settings.memory
         if kind == "encoder":
             return z
-        memory = quantized.vectors if kind in ("quantized", "shuffled") else torch.zeros_like(quantized.vectors)
+        if kind == "quantized":
+            return quantized.vectors
         if kind == "shuffled":
-            memory = memory.clone()
-            memory[mask] = quantized.vectors[mask][torch.randperm(int(mask.sum()), generator=torch.Generator().manual_seed(0))]
-        return memory + self.vectors.mean(0) if kind == "constant" else memory
+            return quantized.vectors[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))]
+        return (self.vectors.mean(0) if kind == "constant" else torch.zeros_like(self.vectors[0])).expand_as(z)
 
-    def forward(self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"], generator: torch.Generator | None = None) -> Output:
+    def forward(self, x: Float[Tensor, "N D"], lengths: Int[Tensor, "B"], generator: torch.Generator | None = None) -> Output:
         z = self.encoder(x)
-        quantized = self.quantizer(z, mask, generator)
-        return Output(self.decoder(quantized.vectors, self.memory(z, quantized, mask), mask), z, quantized)
+        quantized = self.quantizer(z, generator)
+        return Output(self.decoder(quantized.vectors, self.memory(z, quantized), lengths), z, quantized)
 
-    def loss(self, out: Output, target: Float[Tensor, "B T D2"], mask: Bool[Tensor, "B T"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Section 2.4: the reconstruction error plus beta times the commitment, and the former alone; means over real positions."""
-        wanted = (target[mask] - self.target_mean) / self.target_scale
-        error = F.mse_loss(out.reconstruction[mask].float(), wanted)
+    def loss(self, out: Output, target: Float[Tensor, "N D2"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Section 2.4: the reconstruction error plus beta times the commitment, and the former alone; means over states."""
+        error = F.mse_loss(out.reconstruction.float(), (target - self.target_mean) / self.target_scale)
         return error + self.settings.commitment * out.quantized.commitment, error
 
-    def reconstruct(self, out: Output) -> Float[Tensor, "B T D2"]:
+    def reconstruct(self, out: Output) -> Float[Tensor, "N D2"]:
         """Predicted target states in the target's own units."""
         return out.reconstruction.float() * self.target_scale + self.target_mean
 
@@ -1794,16 +1856,16 @@ def evaluate(model: CLVQVAE, acts: Activations, sentences: Int[Tensor, "S"], con
     sums: dict[str, Any] = dict.fromkeys(("loss", "mse", "error", "square", "deviation"), torch.zeros((), dtype=torch.float64))
     counts, per_batch = torch.zeros(len(model.vectors), dtype=torch.long), []
     for batch in sentences.split(config.batch_sentences):
-        (x, y), mask = acts.pad(batch, (model.layer, model.target_layer), device)
+        (x, y), lengths = acts.batch(batch, (model.layer, model.target_layer), device)
         with autocast(device, config.precision):
-            out = model(x, mask)
-        used = out.quantized.codes[mask].cpu().bincount(minlength=len(counts))
+            out = model(x, lengths)
+        used = out.quantized.codes.cpu().bincount(minlength=len(counts))
         counts += used
         per_batch.append(perplexity(used))
-        loss, mse = model.loss(out, y, mask)
-        apart = (y[mask] - model.target_mean).double()                                      # near 0, so squares do not cancel below
+        loss, mse = model.loss(out, y)
+        apart = (y - model.target_mean).double()                                            # near 0, so squares do not cancel below
         for name, value in (("loss", loss.double() * len(apart)), ("mse", mse.double() * len(apart)), ("deviation", apart.sum(0)),
-                            ("square", apart.square().sum()), ("error", (model.reconstruct(out) - y)[mask].double().square().sum())):
+                            ("square", apart.square().sum()), ("error", (model.reconstruct(out) - y).double().square().sum())):
             sums[name] = sums[name] + value.cpu()
     model.train(was)
     n = int(counts.sum())
@@ -1850,28 +1912,27 @@ def check_finite(loss: float, epoch: int, config: Config) -> None:
 
 def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, sentences: Int[Tensor, "S"], config: Config,
                 epoch: int) -> dict[str, float]:
-    """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over real positions, and how many codes were drawn."""
+    """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over states, and how many codes were drawn."""
     device, total, positions = model.vectors.device, torch.zeros(2, dtype=torch.float64), 0
     used = torch.zeros(len(model.vectors), dtype=torch.bool, device=device)
     order = torch.Generator().manual_seed(int(hash_text(config.seed, epoch)[:15], 16))
     model.train()
     with seeded(config.seed, epoch):
         for batch in bucketed_batches(acts.lengths[sentences], config.batch_sentences, order):
-            (x, y), mask = acts.pad(sentences[batch], (model.layer, model.target_layer), device)
+            (x, y), lengths = acts.batch(sentences[batch], (model.layer, model.target_layer), device)
             with autocast(device, config.precision):
-                out = model(x, mask)
-            loss, error = model.loss(out, y, mask)
+                out = model(x, lengths)
+            loss, error = model.loss(out, y)
             check_finite(loss.item(), epoch, config)
             optimizer.zero_grad()
             loss.backward()
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
-            model.quantizer.update(out.encoded[mask].detach(), out.quantized.codes[mask])
-            used[out.quantized.codes[mask]] = True
-            n = int(mask.sum())
-            total += torch.tensor([loss.item() * n, error.item() * n], dtype=torch.float64)
-            positions += n
+            model.quantizer.update(out.encoded.detach(), out.quantized.codes)
+            used[out.quantized.codes] = True
+            total += torch.tensor([loss.item() * len(x), error.item() * len(x)], dtype=torch.float64)
+            positions += len(x)
     return {"train_loss": float(total[0]) / positions, "train_mse": float(total[1]) / positions, "train_codes_used": int(used.sum())}
 
 
@@ -2211,6 +2272,97 @@ def of_class(labels: pd.Series, purity: pd.Series) -> list[str]:
     return [f"{label} {share:.0%}" if label else "–" for label, share in zip(labels, purity, strict=True)]
 
 
+def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
+    r"""How much a word belongs to a concept rather than to all others, by (concept, word), from how often each is seen.
+
+    z-scores of the log-odds ratio with a Dirichlet prior that is worth ``prior`` words (None: as many as there are), shared out as in all
+    concepts together (Monroe et al. 2008, equations 16, 20 and 22): with a small one, a rare word seen once would pass for specific.
+    Above 0: more often than elsewhere; above 1.96 hardly by chance.
+    """
+    word = counts.index.get_level_values(1)
+    of_word, own = counts.groupby(level=1).sum(), counts.groupby(level=0).transform("sum")
+    there, total = of_word.loc[word].to_numpy(), counts.sum()
+    prior = total if prior is None else prior
+    a = prior * there / total
+    y, other = counts + a, there - counts + a
+    ratio = np.log(y / (own + prior - y)) - np.log(other / (total - own + prior - other))
+    return ratio / np.sqrt(1 / y + 1 / other)
+
+
+def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int], n: int = 8) -> pd.DataFrame:
+    """The ``n`` most frequent and the ``n`` most specific words of these concepts, as clouds show them: concept, word, times, share of
+    the word's occurrences, specificity. ``counts`` as for `log_odds`, ``specificity`` as it gives."""
+    total = counts.groupby(level=1).sum()
+    rows = []
+    for concept in dict.fromkeys(concepts):
+        own, z = counts[concept], specificity[concept]
+        words = list(dict.fromkeys([*own.nlargest(n).index, *z.nlargest(n).index]))
+        of = {"times": own[words], "share of the word's occurrences": own[words] / total[words], "specificity": z[words]}
+        rows.append(pd.DataFrame({"concept": f"#{concept}", "word": words, **{name: values.to_numpy() for name, values in of.items()}}))
+    return pd.concat(rows, ignore_index=True)
+
+
+@cache
+def sentiment_lexicon() -> dict[str, float]:
+    """VADER's valence of each of its words, from -4 to 4."""
+    path = package_path("vaderSentiment", "vader_lexicon.txt", "vaderSentiment")
+    rows = (line.split("\t") for line in path.read_text("utf8").splitlines() if line.strip())
+    return {row[0]: float(row[1]) for row in rows}
+
+
+SUFFIXES = ("able", "ing", "ion", "est", "ful", "ous", "ive", "ers", "ed", "ly", "er", "al", "s")
+
+
+def word_form(word: str) -> str:
+    """number, punctuation, UPPER, Title, lower or other."""
+    if any(c.isdigit() for c in word):
+        return "number"
+    if not any(c.isalpha() for c in word):
+        return "punctuation"
+    return "UPPER" if word.isupper() and len(word) > 1 else "Title" if word[0].isupper() else "lower" if word.islower() else "other"
+
+
+def suffix(word: str) -> str:
+    """The longest of `SUFFIXES` that a word of letters ends with, three letters before it at least; else nothing."""
+    return next((end for end in SUFFIXES if word.isalpha() and word.lower().endswith(end) and len(word) >= len(end) + 3), "")
+
+
+def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """What can be seen of each word without a model, a column a kind, a row a row of ``tokens``: form, suffix, place in the sentence,
+    sentiment (VADER's lexicon, Hutto and Gilbert 2014), class of its sentence (``labels``, by sentence). Summaries have none."""
+    lexicon = sentiment_lexicon()
+    word, last = tokens["word"], tokens.groupby("sentence")["position"].transform("max")
+    valence = word.str.lower().map(lexicon).fillna(0.0)
+    found = pd.DataFrame({
+        "form": word.map(word_form), "suffix": word.map(suffix),
+        "place": np.select([tokens["position"] == 1, tokens["position"] == last], ["first", "last"], "inside"),
+        "sentiment": np.select([valence > 0, valence < 0], ["positive", "negative"], ""),
+        "class": np.asarray(labels, dtype=object)[tokens["sentence"]]})
+    found.loc[tokens["is_summary"]] = None
+    return found
+
+
+def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, least: int = 5, seed: int = 0) -> dict[str, float]:
+    """How far concepts go along with labels of tokens (empty: no label), as in ConceptX (Sajjad et al. 2022).
+
+    aligned: share of concepts with ``least`` tokens or more of which ``share`` have one label; by_chance: the same when labels are
+    shuffled over the tokens; ami: adjusted mutual information, 0 by chance and 1 where concepts and labels are the same division.
+    """
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    here = labels.notna().to_numpy()
+    code, label = codes.numpy()[here], labels[here].to_numpy(dtype=str)
+
+    def aligned(names: np.ndarray) -> float:
+        table = pd.crosstab(code, names)
+        size = table.sum(axis=1)
+        best = table.drop(columns="", errors="ignore").max(axis=1)
+        return float((best / size)[size >= least].ge(share).mean())
+
+    return {"aligned": aligned(label), "by_chance": aligned(np.random.default_rng(seed).permutation(label)),
+            "ami": float(adjusted_mutual_info_score(label, code))}
+
+
 @dataclass(repr=False)
 class Explanation:
     """A text's class, and the concepts of its words; made by `Pipeline.explain`. Prints as text, shows as a card in notebooks."""
@@ -2291,14 +2443,148 @@ def write_page(path: Path, title: str, body: str) -> Path:
     return path
 
 
+def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFrame:
+    """Which concept at one layer becomes which at another, the tokens being the same: a row a pair that occurs, the most frequent first.
+
+    Columns: source, target, count, share (of the source concept's tokens), lift (share over what the target concept has of all tokens).
+    """
+    table = pd.DataFrame({"source": source.numpy(), "target": target.numpy()}).value_counts().reset_index()
+    of_source, of_target = (table.groupby(name)["count"].transform("sum") for name in ("source", "target"))
+    return table.assign(share=table["count"] / of_source, lift=table["count"] * len(source) / (of_source * of_target))
+
+
+def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[int, str], Mapping[int, str]]) -> None:
+    """The given rows of `transitions` as bands from left to right, as wide as they have tokens; ``names`` of source and target concepts."""
+    gap = 0.02 * flow["count"].sum()
+    ends: list[dict[Any, float]] = []
+    for side, (column, label) in enumerate(zip(("source", "target"), names, strict=True)):
+        size, top = flow.groupby(column, sort=False)["count"].sum(), 0.0
+        ends.append({})
+        for concept, height in zip(size.index.tolist(), size.tolist(), strict=True):
+            axes.barh(top + height / 2, 0.04, height, left=side - 0.02, color="#7f7f7f")
+            at = (side + (-0.04, 0.04)[side], top + height / 2)
+            axes.text(*at, label[concept], ha=("right", "left")[side], va="center", fontsize="small")
+            ends[-1][concept], top = top, top + height + gap
+    x = np.linspace(0, 1, 60)
+    ease = 3 * x**2 - 2 * x**3
+    for i, (source, target, count) in enumerate(flow[["source", "target", "count"]].to_numpy().tolist()):
+        low = ends[0][source] + (ends[1][target] - ends[0][source]) * ease
+        axes.fill_between(0.02 + 0.96 * x, low, low + count, alpha=0.4, linewidth=0, color=f"C{i % 10}")
+        ends[0][source] += count
+        ends[1][target] += count
+    axes.invert_yaxis()
+    axes.axis("off")
+
+
+def codebook_map(vectors: Float[Tensor, "K D"], seed: int = 42) -> Float[np.ndarray, "K 2"]:
+    """Codes in a plane, near ones near: t-SNE of their cosine distances (van der Maaten and Hinton 2008)."""
+    from sklearn.manifold import TSNE
+
+    x = vectors.cpu().double().numpy()
+    return TSNE(metric="cosine", init="random", perplexity=min(30.0, (len(x) - 1) / 3), random_state=seed).fit_transform(x)
+
+
+OPEN_CONCEPT = """
+const details = JSON.parse(document.getElementById("details").textContent), where = document.getElementById("concept");
+const add = (parent, tag, content) => parent.appendChild(Object.assign(document.createElement(tag), {textContent: content}));
+function show(concept) {
+    const of = details[concept];
+    if (!of) return;
+    where.replaceChildren();
+    add(where, "h2", "Concept #" + concept);
+    for (const [name, value] of Object.entries(of.facts)) {
+        const line = add(where, "p", "");
+        add(line, "strong", name + ": ");
+        line.append(value);
+    }
+    const list = add(where, "ul", "");
+    for (const sentence of of.examples) add(list, "li", sentence);
+    const near = add(where, "p", "Nearest codes: ");
+    for (const other of of.near) {
+        add(near, "button", "#" + other).addEventListener("click", () => show(other));
+        near.append(" ");
+    }
+    location.replace("#concept-" + concept);
+    where.scrollIntoView({block: "nearest"});
+}
+document.getElementById("map").on("plotly_click", event => show(event.points[0].customdata));
+const chosen = event => { const row = event.target.closest("tbody tr"); if (row) show(row.cells[0].textContent); };
+const table = document.getElementById("concepts");
+table.addEventListener("click", chosen);
+table.addEventListener("keydown", event => { if (event.key === "Enter") chosen(event); });
+const reachable = () => table.querySelectorAll("tbody tr").forEach(row => row.tabIndex = 0);
+new MutationObserver(reachable).observe(table, {childList: true, subtree: true});
+if (location.hash.startsWith("#concept-")) show(location.hash.slice(9));
+const root = document.documentElement, night = matchMedia("(prefers-color-scheme: dark)");
+const dark = () => root.classList.toggle("dark", root.dataset.theme ? root.dataset.theme === "dark" : night.matches);
+new MutationObserver(dark).observe(root, {attributeFilter: ["data-theme"]});
+dark();
+"""
+
+
+def explorer(table: pd.DataFrame, about: str) -> str:
+    """HTML that needs no other file: a map of the codebook, and a table of its concepts to search, sort, filter and open.
+
+    ``table`` as of `Pipeline.explorer_table`, a row a concept; ``about`` is a line that says of what. By plotly and itables (DataTables).
+    """
+    import itables
+    import plotly.express as px
+    import plotly.offline
+    from itables.javascript import generate_init_offline_itables_html
+
+    shown = table[["concept", "words", "class", "purity", "states", "effect", "flipped", "stability"]].assign(
+        words=[", ".join(words.split(", ")[:5]) for words in table["words"]])
+    points = table.assign(size=np.sqrt(table["states"]), words=shown["words"].map(html.escape))
+    figure = px.scatter(points, x="x", y="y", color="class", size="size", size_max=18, hover_name="words", custom_data=["concept"],
+                        hover_data={"x": False, "y": False, "size": False, "effect": True, "states": True}, opacity=0.7,
+                        template="none", color_discrete_sequence=PALETTE)
+    figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", margin=dict(l=0, r=0, t=0, b=0), height=480,
+                         font_color="#7f7f7f", legend=dict(orientation="h"))
+    details = {}
+    for row in table.to_dict("records"):
+        effect = "not in the evaluation sentences" if pd.isna(row["effect"]) else (
+            f"{row['effect']:+.4f} ({row['effect_low']:+.4f} to {row['effect_high']:+.4f}), other answer in {row['flipped']:.1%}")
+        steady = "–" if pd.isna(row["stability"]) else f"{row['stability']:.2f}" + (" (unstable)" if row["stability"] < 0.5 else "")
+        facts = {"Words": row["words"], "Class of most states": f"{row['class']} ({row['purity']:.0%} of {row['states']:,})",
+                 "Effect on the model's answer": effect, "Comes back with other seeds": steady}
+        details[str(row["concept"])] = {"facts": facts, "examples": list(row["examples"]), "near": list(map(int, row["near"]))}
+    packed = json.dumps(details, ensure_ascii=False).replace("<", "\\u003c")
+    said = {"searchBuilder": {"title": {"0": "Filters", "_": "Filters (%d)"}, "add": "Add a filter"}, "lengthMenu": "_MENU_ a page"}
+    grid = itables.to_html_datatable(shown.astype(object).where(shown.notna(), ""), table_id="concepts", connected=False, showIndex=False,
+                                     layout={"top1": "searchBuilder"}, maxBytes=0, classes="display compact", language=said)
+    return (f"<p>{html.escape(about)}</p><script>{plotly.offline.get_plotlyjs()}</script>"
+            f"{figure.to_html(full_html=False, include_plotlyjs=False, div_id='map', config={'displayModeBar': False})}"
+            '<section id="concept" aria-live="polite"><p>Choose a point of the map, or a row of the table (Enter opens it).</p></section>'
+            f"{generate_init_offline_itables_html(itables.options.dt_bundle)}{grid}"
+            f'<script type="application/json" id="details">{packed}</script><script>{OPEN_CONCEPT}</script>')
+
+
+PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")
+"""Colours that can be told apart on light and dark ground, by colour-blind people too: seaborn's "colorblind"."""
+
+
+def cloud_font(words: Iterable[str]) -> str:
+    """A font that can write these words: DejaVu Sans, or of those that this machine has the one that lacks the fewest characters."""
+    from matplotlib import font_manager, get_data_path
+    from matplotlib.font_manager import get_font
+
+    needed = {ord(character) for word in words for character in word if not character.isspace()}
+    path = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    if not (lacking := needed - get_font(path).get_charmap().keys()):
+        return path
+    others = {other: len(needed - get_font(other).get_charmap().keys()) for other in sorted(font_manager.findSystemFonts())}
+    best = min(others, key=lambda other: others[other], default=path)
+    return best if others.get(best, len(lacking)) < len(lacking) else path
+
+
 def word_cloud(counts: Mapping[str, float], axes: Any, title: str = "") -> None:
     """Draw a concept's words, sized by count, on transparent ground in colours that can be read on light and dark."""
     from wordcloud import WordCloud
 
-    colours = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")            # seaborn's colour-blind palette
     cloud = WordCloud(width=640, height=400, mode="RGBA", background_color=None, random_state=0, max_words=20, prefer_horizontal=1,
-                      min_font_size=14, margin=6, relative_scaling=0.4,
-                      color_func=lambda word, **_: colours[int(hash_text(word)[:8], 16) % len(colours)])
+                      min_font_size=14, margin=6, relative_scaling=0.4, font_path=cloud_font(counts),
+                      color_func=lambda word, **_: PALETTE[int(hash_text(word)[:8], 16) % len(PALETTE)])
     axes.imshow(cloud.generate_from_frequencies(dict(counts)), interpolation="bilinear")
     axes.set_title(title, fontsize="medium")
     axes.axis("off")
@@ -2318,8 +2604,9 @@ def plot_style() -> None:
                          **parts, "axes.labelcolor": grey, "axes.edgecolor": grey, "axes.titlecolor": grey})
 
 
-def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 3) -> None:
-    """Show a table: in the book with a caption and a name to refer to, as HTML in Colab and Jupyter. Nothing in it is markup."""
+def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 3, sortable: bool = False) -> None:
+    """Show a table: in the book with a caption and a name to refer to (and ``sortable`` by its columns), as HTML in Colab and Jupyter.
+    Nothing in it is markup."""
     from IPython.display import display
 
     shown = frame.copy()
@@ -2330,7 +2617,7 @@ def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 
     sides = ["---:" if shown[column].str.fullmatch(r"[\d.,%−+–]*").all() else "---" for column in shown]
     clean = shown.map(lambda text: re.sub(r"([\\`*_{}\[\]<>$|~#])", r"\\\1", text.replace("\n", " ")))
     rows = [f"| {' | '.join(row)} |" for row in [list(clean.columns), sides, *clean.to_numpy().tolist()]]
-    head = f"~~~{{table}} {caption}\n" + (f":name: {name}\n" if name else "")
+    head = f"~~~{{table}} {caption}\n" + (f":name: {name}\n" if name else "") + (":class: sortable\n" if sortable else "")
     display({"text/markdown": "\n".join([head, *rows, "~~~\n"]),
              "text/html": f"<p><em>{html.escape(caption)}</em></p>{shown.to_html(index=False, border=0)}",
              "text/plain": f"{caption}\n{shown.to_string(index=False)}"}, raw=True)
@@ -2854,6 +3141,15 @@ def agreement(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -
     of the two, of those that have both (Jaccard). 0 for a code without positions."""
     both = torch.bincount(codes * n_codes + others, minlength=n_codes**2).view(n_codes, n_codes).double()
     return (both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp_min(1)).amax(1)
+
+
+def matched(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K"]:
+    """`agreement`, if each code is matched with one of the other codebook and no two with the same, as well as can be (Hungarian)."""
+    from scipy.optimize import linear_sum_assignment
+
+    both = torch.bincount(codes * n_codes + others, minlength=n_codes**2).view(n_codes, n_codes).double()
+    shares = both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp_min(1)
+    return shares[linear_sum_assignment(shares.numpy(), maximize=True)]
 
 
 VARIANT = ["method", "layer", "removed", "way", "probe", "where", "n"]
@@ -3680,6 +3976,26 @@ class Pipeline:
         return write_page(path, f"Concepts of {Path(self.config.model).name} on {self.corpus.attrs['name']}",
                           f"<p>{html.escape(facts)}</p>{plain_html(table)}")
 
+    @cached_property
+    def explorer_table(self) -> pd.DataFrame:
+        """What `explorer` shows of each concept in use: concept, words, class, purity, states, effect, effect_low, effect_high and flipped
+        (missing where no evaluation sentence has it), stability, examples, near (five concepts), x and y on the map."""
+        effects, vectors = self.report[["concept", "effect", "effect_low", "effect_high", "flipped"]], self.clvqvae.vectors
+        of = self.concepts[self.concepts["size"] > 0].merge(effects, "left", "concept")
+        place, unit = codebook_map(vectors, self.config.seed), F.normalize(vectors, dim=1)
+        near = torch.cdist(unit, unit).argsort(1)[:, 1:6].numpy()
+        return pd.DataFrame({
+            "concept": of["concept"], "words": of["word_counts"].map(lambda counts: top_words(counts, 25)), "class": of["label"],
+            "purity": of["purity"].round(2), "states": of["size"], **{name: of[name].round(4) for name in effects.columns[1:]},
+            "stability": of["concept"].map(self.stability).round(2), "examples": of["examples"], "near": near[of["concept"]].tolist(),
+            "x": place[of["concept"], 0].round(2), "y": place[of["concept"], 1].round(2)})
+
+    def write_explorer(self, path: Path) -> Path:
+        """All concepts as one page to look around in; `explorer`."""
+        about = (f"{len(self.explorer_table)} concepts of {Path(self.config.model).name} on {self.corpus.attrs['name']}, "
+                 f"layers {self.layers[0]} to {self.layers[1]}.")
+        return write_page(path, "Concept explorer", explorer(self.explorer_table, about))
+
     def explain(self, text: str, top: int = 5, examples: int = 3, controls: int = 20) -> Explanation:
         """The language model's class for a text, its ``top`` most salient words, their concepts, and what removing these does.
         ValueError for a text without words."""
@@ -4086,7 +4402,362 @@ STUDY: dict[str, dict[str, Any]] = {"smoke": dict(train_share=0.2, epochs=1),
 
 
 # ======================================================================================================
-# 16 Command line
+# 16 Human evaluation
+# ======================================================================================================
+def outcomes(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
+    """TP, TN, FP or FN for two classes, the second being the positive one; else right or wrong."""
+    if n_classes == 2:
+        return np.where(predicted == 1, np.where(labels == 1, "TP", "FP"), np.where(labels == 1, "FN", "TN"))
+    return np.where(labels == predicted, "right", "wrong")
+
+
+def balanced_sample(kinds: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """``n`` positions, as many of each kind as there can be, the rest by lot; sorted. ValueError for more than there are."""
+    if n > len(kinds):
+        raise ValueError(f"{n} sentences are more than the {len(kinds)} there are")
+    draw = np.random.default_rng(seed)
+    chosen: list[int] = []
+    left = {kind: list(draw.permutation(np.flatnonzero(kinds == kind))) for kind in sorted(set(kinds))}
+    while len(chosen) < n:
+        for kind in draw.permutation([kind for kind, of in left.items() if of])[:n - len(chosen)]:
+            chosen.append(left[kind].pop())
+    return np.sort(chosen)
+
+
+def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentences: int = 19, seed: int = 42, n_words: int = 20) -> Path:
+    """The paper's human evaluation (section 4.2) as a folder: what raters may see and, apart from it, what they must not.
+
+    For each sentence, sampled evenly over TP, TN, FP and FN, and each method an item: the words of the training text that have the
+    concept of the sentence's most salient position, with their counts. ``study.json`` has classes and items under random names;
+    ``key.parquet`` a row an item: item, sentence, method, concept, predicted, label, outcome.
+    """
+    found, trial = pipeline.named(methods), pipeline.trial
+    if wrong := [method.name for method in found if method.reads != pipeline.layers[0]]:
+        raise ValueError(f"{wrong[0]} does not read the source layer, whose salient position the items are of")
+    names, texts = pipeline.label_names, pipeline.activations("train")
+    labels, predicted = trial.labels.numpy(), trial.predicted.numpy()
+    kinds = outcomes(labels, predicted, len(names))
+    chosen, draw = balanced_sample(kinds, sentences, seed), np.random.default_rng([seed, 1])
+    rows, items, tokens = [], [], texts.tokens[~texts.tokens["is_summary"]]
+    tags = [f"{tag:08x}" for tag in draw.choice(2**32, len(chosen) * len(found), replace=False)]
+    for method in found:
+        codes = method.assign(trial.test.states[method.reads][trial.salient]).numpy()
+        own = method.assign(texts.states[method.reads][torch.from_numpy(tokens.index.to_numpy(copy=True))]).numpy()
+        words = tokens.groupby(own)["word"].value_counts()
+        for group, sentence in enumerate(chosen):
+            concept, tag = codes[sentence], tags.pop()
+            of = words.loc[concept].head(n_words) if concept in words.index.get_level_values(0) else pd.Series(dtype=int)
+            items.append({"id": tag, "group": group, "words": {str(word): int(n) for word, n in of.items()}})
+            rows.append({"item": tag, "sentence": sentence, "method": method.name, "concept": concept, "outcome": kinds[sentence],
+                         "predicted": names[predicted[sentence]], "label": names[labels[sentence]]})
+    items.sort(key=lambda item: str(item["id"]))                                            # not by method
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "key.parquet", lambda partial: pd.DataFrame(rows).to_parquet(partial))
+    about = {"classes": names, "seed": seed, "items": items}
+    write_whole(folder / "study.json", lambda partial: partial.write_text(json.dumps(about, ensure_ascii=False), "utf8"))
+    return folder
+
+
+ANSWERS = """
+CREATE TABLE IF NOT EXISTS raters (number INTEGER PRIMARY KEY, token TEXT UNIQUE NOT NULL, joined TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answers (rater INTEGER NOT NULL REFERENCES raters, item TEXT NOT NULL, label TEXT NOT NULL,
+    confidence INTEGER NOT NULL CHECK (confidence BETWEEN 1 AND 10), at TEXT NOT NULL, PRIMARY KEY (rater, item));
+"""
+
+
+class Study:
+    """A study that raters answer: its items, and their answers in a database that is safe to write from several processes.
+
+    Each answer is on disk when `save` returns. A rater is a random token, and reads and writes what is its own alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "study.json"
+        if not path.exists():
+            raise ValueError(f"{folder} is no study: it has no study.json (clvq annotate makes one)")
+        about = json.loads(path.read_text("utf8"))
+        self.folder, self.classes, self.seed = folder, about["classes"], about["seed"]
+        self.items = {item["id"]: item for item in about["items"]}
+        with self.database() as database:
+            database.execute("PRAGMA journal_mode=WAL")
+            database.executescript(ANSWERS)
+
+    @contextmanager
+    def database(self) -> Iterator[sqlite3.Connection]:
+        """A connection whose changes are written as a whole at the end, or not at all after an error."""
+        connection = sqlite3.connect(self.folder / "answers.sqlite", timeout=30)
+        try:
+            with connection:
+                connection.execute("PRAGMA foreign_keys=ON")
+                connection.execute("PRAGMA synchronous=FULL")
+                yield connection
+        finally:
+            connection.close()
+
+    def join(self) -> str:
+        """A new rater's token."""
+        token = secrets.token_urlsafe(16)
+        with self.database() as database:
+            database.execute("INSERT INTO raters (token, joined) VALUES (?, datetime('now'))", (token,))
+        return token
+
+    def number(self, token: str) -> int:
+        """Which rater this is, from 1. ValueError for a token that nobody has."""
+        with self.database() as database:
+            row = database.execute("SELECT number FROM raters WHERE token = ?", (token,)).fetchone()
+        if row is None:
+            raise ValueError("nobody has this link: begin anew")
+        return row[0]
+
+    def order(self, token: str) -> list[str]:
+        """The items in the rater's own order: each sentence once, then each again by another method; over raters the methods take turns."""
+        number = self.number(token)
+        groups: dict[int, list[str]] = {}
+        for item in self.items.values():
+            groups.setdefault(item["group"], []).append(item["id"])
+        draw = np.random.default_rng([self.seed, number])
+        rounds = max(map(len, groups.values()))
+        places = draw.permutation(sorted(groups))
+        return [groups[group][(number + group + turn) % rounds] for turn in range(rounds) for group in places]
+
+    def save(self, token: str, item: str, label: str, confidence: int) -> None:
+        """A rater's answer to an item, in place of an earlier one."""
+        if item not in self.items or label not in self.classes:
+            raise ValueError("there is no such item or class")
+        with self.database() as database:
+            database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, datetime('now'))",
+                             (self.number(token), item, label, int(confidence)))
+
+    def answers_of(self, token: str) -> dict[str, tuple[str, int]]:
+        """A rater's own answers so far: label and confidence by item."""
+        with self.database() as database:
+            rows = database.execute("SELECT item, label, confidence FROM answers WHERE rater = ?", (self.number(token),)).fetchall()
+        return {item: (label, confidence) for item, label, confidence in rows}
+
+    @property
+    def answers(self) -> pd.DataFrame:
+        """All answers, a row an answer: rater (a number), item, answer, confidence, and the key's columns."""
+        with self.database() as database:
+            found = pd.read_sql("SELECT rater, item, label AS answer, confidence FROM answers ORDER BY rater, item", database)
+        return found.merge(pd.read_parquet(self.folder / "key.parquet"), on="item", how="left", validate="many_to_one")
+
+
+def rater_measures(counts: Int[np.ndarray, "I C"], sums: Float[np.ndarray, "I 5"], predicted: Bool[np.ndarray, "I C"],
+                   outcome: Bool[np.ndarray, "I O"]) -> list[float]:
+    """`rater_agreement`'s figures of some items, from how many answers of each class they have, and their sums: answers, confidence,
+    aligned ones, sure ones, aligned sure ones."""
+    import krippendorff
+    from statsmodels.stats.inter_rater import fleiss_kappa
+
+    n, confidence, right, n_sure, right_sure = sums.sum(0)
+    defined, even = (counts.sum(0) > 0).sum() > 1, len(set(counts.sum(1))) == 1             # one answer alone has no agreement
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return [fleiss_kappa(counts) if defined and even else math.nan,
+                krippendorff.alpha(value_counts=counts, level_of_measurement="nominal") if defined else math.nan,
+                confidence / n, right / n, counts.sum(0) @ (sums[:, 0] @ predicted) / n**2,
+                right_sure / n_sure - (right - right_sure) / (n - n_sure), *(sums[:, 2] @ outcome / (sums[:, 0] @ outcome))]
+
+
+def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """How raters did, a row a method: items, raters, and with 95 % intervals over items (percentile bootstrap, columns …_low and …_high)
+    kappa (Fleiss 1971, missing where items have different numbers of answers), alpha (Krippendorff, nominal), confidence (mean, 1 to 10),
+    aligned (share of answers that are the model's own prediction; also within each outcome), by_chance (the same if answers had nothing
+    to do with their items) and calibration (aligned, of the answers that are surer than the median, less that of the others)."""
+    classes, kinds = sorted(set(answers["answer"]) | set(answers["predicted"])), sorted(set(answers["outcome"]))
+    names = ["kappa", "alpha", "confidence", "aligned", "by_chance", "calibration", *(f"aligned {kind}" for kind in kinds)]
+    rows = []
+    for method, part in answers.groupby("method", sort=False):
+        sure, aligned = part["confidence"] > part["confidence"].median(), part["answer"] == part["predicted"]
+        by = part.assign(n=1, aligned=aligned, sure=sure, aligned_sure=aligned & sure).groupby("item")
+        of = by[["predicted", "outcome"]].first().to_numpy()
+        arrays = (pd.crosstab(part["item"], part["answer"]).reindex(columns=classes, fill_value=0).to_numpy(),
+                  by[["n", "confidence", "aligned", "sure", "aligned_sure"]].sum().to_numpy(float),
+                  of[:, :1] == np.array(classes, object), of[:, 1:] == np.array(kinds, object))
+        draw = np.random.default_rng(seed).integers(0, len(of), (draws, len(of)))
+        drawn = pd.DataFrame([rater_measures(*(array[i] for array in arrays)) for i in draw], columns=names)
+        row: dict[str, Any] = {"method": method, "items": len(of), "raters": part["rater"].nunique()}
+        for name, value in zip(names, rater_measures(*arrays), strict=True):
+            row |= {name: value, f"{name}_low": drawn[name].quantile(0.025), f"{name}_high": drawn[name].quantile(0.975)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def simulated_answers(study: Study, texts: Sequence[str], labels: Sequence[str], raters: int = 14, seed: int = 0) -> pd.DataFrame:
+    """Answers of raters who do not exist: each is a logistic regression on the words of its own bootstrap sample of the training text,
+    sees only a cloud's words with their counts, answers with the likeliest class and takes its probability for its confidence."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import normalize
+
+    vectorizer = CountVectorizer(analyzer=lambda words: [word.lower() for word in words], min_df=2)
+    x = normalize(vectorizer.fit_transform([split_words(text) for text in texts]))
+    clouds = [[word for word, n in item["words"].items() for _ in range(n)] for item in study.items.values()]
+    seen = normalize(vectorizer.transform(clouds))
+    names, draw, rows = np.asarray(labels), np.random.default_rng(seed), []
+    for rater in range(1, raters + 1):
+        own = draw.integers(0, len(names), len(names))
+        chances = LogisticRegression(max_iter=1000).fit(x[own], names[own]).predict_proba(seen)
+        found = np.unique(names[own])
+        sure = (chances.max(1) - 1 / len(found)) / (1 - 1 / len(found))
+        rows.append(pd.DataFrame({"rater": rater, "item": list(study.items), "answer": found[chances.argmax(1)],
+                                  "confidence": 1 + np.round(9 * sure).astype(int)}))
+    return pd.concat(rows, ignore_index=True).merge(pd.read_parquet(study.folder / "key.parquet"), on="item", validate="many_to_one")
+
+
+def items_needed(answers: pd.DataFrame, methods: tuple[str, str], difference: float, raters: int, power: float = 0.8) -> int:
+    """How many sentences show a difference in alignment between two methods, if as many raters answer as given: a paired comparison of
+    sentences at 5 %, whose spread is taken from these answers (of sentences among themselves, and of raters within one)."""
+    from scipy.stats import norm
+
+    aligned = answers.assign(aligned=answers["answer"] == answers["predicted"])
+    cells = aligned[aligned["method"].isin(methods)].groupby(["sentence", "method"])["aligned"].agg(["mean", "var", "size"]).unstack()
+    gap = cells["mean"][methods[0]] - cells["mean"][methods[1]]
+    within = sum((cells["var"][method] / cells["size"][method]).mean() for method in methods)
+    between = max(0.0, gap.var() - within)
+    spread = between + sum(cells["var"][method].mean() for method in methods) / raters
+    return math.ceil(spread * ((norm.ppf(0.975) + norm.ppf(power)) / difference) ** 2)
+
+
+def cloud_html(words: Mapping[str, int]) -> str:
+    """A word cloud as an image of HTML; for those who do not see it, its text is the words and their counts."""
+    import base64
+
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    if words:
+        word_cloud(words, axes)
+    axes.axis("off")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, transparent=True)
+    plt.close(figure)
+    said = html.escape(", ".join(f"{word} {count}" for word, count in words.items()) or "no words", quote=True)
+    image = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img style="width: 100%; max-width: 40rem" alt="Word cloud: {said}" src="data:image/png;base64,{image}">'
+
+
+NIGHT = """<style>@media (prefers-color-scheme: dark) {
+    :root, body { --jp-layout-color0: #121212; --jp-layout-color1: #121212; --jp-layout-color2: #2b2b2b; --jp-layout-color3: #505050;
+        --jp-ui-font-color1: #e0e0e0; --jp-content-font-color1: #e0e0e0; --jp-content-link-color: #8ab4f8;
+        --jp-widgets-color: #e0e0e0; --jp-widgets-label-color: #e0e0e0; }
+    body { background: #121212; color: #e0e0e0; }
+}</style>"""
+"""The rating page by night: JupyterLab's colours, which its widgets take."""
+PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}
+
+
+class RatingPage:
+    """The page of one rater, of widgets: consent, instructions, a practice cloud, the items one by one, thanks.
+
+    It is given nothing but clouds and the names of the classes. An answer is kept as soon as it has a label and a confidence. The
+    page's address has the rater's token, so that whoever opens it again goes on where they were.
+    """
+
+    def __init__(self, folder: Path, query: str = "") -> None:
+        import ipywidgets as widgets
+
+        self.study, self.widgets = Study(folder), widgets
+        self.token = urllib.parse.parse_qs(query).get("rater", [""])[0]
+        self.output = widgets.Output()
+        self.page, self.place = widgets.VBox(), -1
+        self.box = widgets.VBox([widgets.HTML(NIGHT), self.page], layout=widgets.Layout(max_width="44rem", margin="0 auto"))
+        try:
+            self.order = self.study.order(self.token) if self.token else []
+        except ValueError:                                                                  # an address that was mistyped
+            self.token, self.order = "", []
+        if self.token:
+            answered = self.study.answers_of(self.token)
+            self.place = next((i for i, item in enumerate(self.order) if item not in answered), len(self.order))
+            self.show_item()
+        else:
+            self.show_welcome()
+
+    def button(self, text: str, act: Callable[[], None], style: str = "primary", **options: Any) -> Any:
+        found = self.widgets.Button(description=text, button_style=style, **options)
+        found.on_click(lambda _: act())
+        return found
+
+    def show_welcome(self) -> None:
+        agree = self.widgets.Checkbox(description="I take part of my own will. My answers are kept without my name.", indent=False,
+                                      layout={"width": "auto"})
+        begin = self.button("Begin", self.begin, disabled=True)
+        agree.observe(lambda change: setattr(begin, "disabled", not change["new"]), "value")
+        self.page.children = [self.widgets.HTML(
+            f"<h1>What do these words say?</h1><p>You will see {len(self.study.items)} pictures of words, one by one. The larger a word, "
+            "the more often it occurs. Each picture belongs to a text that you do not see. Say which class you think a computer gave the "
+            "text, and how sure you are, from 1 (a guess) to 10 (certain). There is no right answer to find: go by the words.</p>"
+            "<p>You may stop at any time. Keep the address of this page to go on later.</p>"), agree, begin]
+
+    def begin(self) -> None:
+        from IPython.display import Javascript, display
+
+        self.token = self.study.join()
+        self.order, self.place = self.study.order(self.token), -1
+        self.show_item()
+        with self.output:
+            display(Javascript(f'history.replaceState(null, "", "?rater={self.token}")'))
+
+    def show_item(self) -> None:
+        if self.place >= len(self.order):
+            return self.show_thanks()
+        practice = self.place < 0
+        item = "" if practice else self.order[self.place]
+        words = PRACTICE if practice else self.study.items[item]["words"]
+        classes = ["food", "weather"] if practice else self.study.classes
+        before = ("", 0) if practice else self.study.answers_of(self.token).get(item, ("", 0))
+        label = self.widgets.ToggleButtons(options=classes, value=before[0] or None, description="Class", style={"button_width": "8rem"})
+        sure = self.widgets.ToggleButtons(options=[(str(n), n) for n in range(1, 11)], value=before[1] or None,
+                                          description="How sure, from 1 (a guess) to 10 (certain)",
+                                          style={"button_width": "2.2rem", "description_width": "initial"})
+        said = self.widgets.HTML()
+        forward = self.button("Next", lambda: self.move(1), disabled=not before[0])
+        back = self.button("Back", lambda: self.move(-1), style="", disabled=self.place < 1)
+
+        def keep(_: Any) -> None:
+            if label.value is None or sure.value is None:
+                return
+            try:
+                if not practice:
+                    self.study.save(self.token, item, label.value, sure.value)
+                said.value, forward.disabled = ("That is all there is to it." if practice else "Kept."), False
+            except sqlite3.OperationalError:
+                said.value = "This answer could not be kept. Please choose it again."
+
+        label.observe(keep, "value")
+        sure.observe(keep, "value")
+        done = f"{self.place + 1} of {len(self.order)}" if not practice else "Practice: this one does not count"
+        bar = self.widgets.IntProgress(max(0, self.place), 0, len(self.order), layout={"width": "100%"})
+        address = self.widgets.HTML(f'<p><small>To go on later: <a href="?rater={self.token}">the address of your page</a></small></p>')
+        self.page.children = [self.widgets.HTML(f"<p role='status'>{done}</p>"), bar, self.widgets.HTML(cloud_html(words)), label, sure,
+                             self.widgets.HBox([back, forward, said]), address, self.output]
+
+    def move(self, by: int) -> None:
+        self.place += by
+        self.show_item()
+
+    def show_thanks(self) -> None:
+        self.page.children = [self.widgets.HTML("<h1>Thank you</h1><p>All your answers are kept. You may close this page.</p>"),
+                             self.button("Back", lambda: self.move(-1), style="")]
+
+
+def annotate(folder: Path, port: int = 8866, address: str = "localhost") -> None:
+    """Serve a study's `RatingPage` by Voila until it is stopped. Each visitor has a process of their own; none can run code in it."""
+    Study(folder)
+    if importlib.util.find_spec("voila") is None:
+        raise ValueError("the rating page needs voila: pip install voila ipywidgets")
+    import nbformat
+
+    cell = ("import os\nfrom pathlib import Path\nimport clvq_core as clvq\n"
+            f"clvq.RatingPage(Path({str(folder.resolve())!r}), os.environ.get('QUERY_STRING', '')).box")
+    with tempfile.TemporaryDirectory() as place:
+        page = Path(place) / "rate.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), page)
+        subprocess.run([sys.executable, "-m", "voila", str(page), "--no-browser", f"--port={port}", f"--Voila.ip={address}",
+                        "--strip_sources=True", "--show_tracebacks=False"], check=False)
+
+
+# ======================================================================================================
+# 17 Command line
 # ======================================================================================================
 def folder_size(folder: Path) -> int:
     """Bytes of all files below a folder."""
@@ -4189,6 +4860,20 @@ def command_explain(options: argparse.Namespace) -> None:
         print(f"\ncard: {write_page(options.html, options.text[:80], explanation._repr_html_())}")
 
 
+def command_annotate(options: argparse.Namespace) -> None:
+    if not (options.study / "study.json").exists():
+        settings = {name: parse_value(value) for name, value in options.parameters}
+        pipeline = Pipeline(configure(options.scale, **settings)).check()
+        methods = options.methods or ["CLVQ-VAE", "Ward clusters"]
+        make_study(pipeline, options.study, methods, options.sentences, pipeline.config.seed)
+    study = Study(options.study)
+    print(f"{options.study}: {len(study.items)} items, answers of {study.answers['rater'].nunique()} raters in answers.sqlite; "
+          "key.parquet says what is what, so keep it from raters")
+    if not options.make_only:
+        print(f"raters go to http://{options.ip}:{options.port}/ ; Ctrl+C stops")
+        annotate(options.study, options.port, options.ip)
+
+
 def command_info(options: argparse.Namespace) -> None:
     cache = cache_folder()
     steps = [path for path in cache.glob("*-*") if path.is_dir()] if cache.exists() else []
@@ -4278,6 +4963,23 @@ examples:
     explain.add_argument("--html", type=Path, metavar="FILE", help="write a page too")
     explain.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any other setting")
     explain.set_defaults(call=command_explain)
+
+    rate = commands.add_parser("annotate", help="let people say what concepts mean", formatter_class=argparse.RawDescriptionHelpFormatter,
+                               description="Serve a study's rating page. A study that is not there is made first: items of sentences "
+                               "that are right and wrong in equal parts, by two methods or more.", epilog="""examples:
+  clvq annotate study --scale laptop --sentences 19
+  clvq annotate study --method CLVQ-VAE --method k-means -p dataset news --make-only
+  clvq annotate study --ip 0.0.0.0 --port 8080""")
+    rate.add_argument("study", type=Path, metavar="STUDY", help="folder of the study")
+    rate.add_argument("--method", dest="methods", action="append", metavar="NAME",
+                      help="may be repeated (default: CLVQ-VAE and Ward clusters)")
+    rate.add_argument("--sentences", type=int, default=19, help="how many (default: 19, as in the paper)")
+    rate.add_argument("--scale", choices=PRESETS, default="laptop", help="size of everything (default: laptop)")
+    rate.add_argument("--make-only", action="store_true", help="make the study, serve nothing")
+    rate.add_argument("--port", type=int, default=8866, help="port of the page (default: 8866)")
+    rate.add_argument("--ip", default="localhost", help="address to serve at (default: localhost, for this machine alone)")
+    rate.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any other setting")
+    rate.set_defaults(call=command_annotate)
 
     info = commands.add_parser("info", help="versions, device, cache size")
     info.set_defaults(call=command_info)

@@ -263,16 +263,15 @@ def test_loaded_states_are_those_that_were_extracted(minilm, tmp_path):
     assert all(torch.equal(again.states[layer], acts.states[layer]) for layer in (1, 5))
 
 
-def test_a_padded_batch_of_states_has_each_sentences_rows_and_zeros(tiny_acts):
+def test_a_batch_of_states_has_each_sentences_rows_one_after_the_other(tiny_acts):
     sentences = torch.tensor([7, 2, 30])
-    (lower, upper), mask = tiny_acts.pad(sentences, [0, 1], torch.device("cpu"))
-    assert lower.dtype == upper.dtype == torch.float32 and mask.dtype == torch.bool
-    assert torch.equal(mask.sum(1), tiny_acts.lengths[sentences]) and mask.shape[1] == mask.sum(1).max()
-    for line, sentence in enumerate(sentences):
-        rows = slice(int(tiny_acts.offsets[sentence]), int(tiny_acts.offsets[sentence + 1]))
-        for layer, padded in ((0, lower), (1, upper)):
-            assert torch.equal(padded[line][mask[line]], tiny_acts.states[layer][rows].float())
-            assert (padded[line][~mask[line]] == 0).all()
+    states, lengths = tiny_acts.batch(sentences, [0, 1], torch.device("cpu"))
+    assert torch.equal(lengths, tiny_acts.lengths[sentences]) and len(lengths.unique()) > 1
+    for layer, rows in zip((0, 1), states, strict=True):
+        assert rows.dtype == torch.float32
+        for part, sentence in zip(rows.split(lengths.tolist()), sentences, strict=True):
+            own = slice(int(tiny_acts.offsets[sentence]), int(tiny_acts.offsets[sentence + 1]))
+            assert torch.equal(part, tiny_acts.states[layer][own].float())
 
 
 # --- salience -----------------------------------------------------------------------------------------------------

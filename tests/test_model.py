@@ -32,10 +32,10 @@ def build(acts: clvq.Activations, **chosen) -> clvq.CLVQVAE:
 
 @pytest.fixture(scope="module")
 def batch(tiny_acts):
-    """Source states of eight sentences of unlike length, and their mask."""
-    (x,), mask = tiny_acts.pad(torch.arange(8), [0], torch.device("cpu"))
-    assert mask.any(0).all() and not mask.all()
-    return x, mask
+    """Source states of eight sentences of unlike length, one after the other, and the lengths."""
+    (x,), lengths = tiny_acts.batch(torch.arange(8), [0], torch.device("cpu"))
+    assert len(lengths.unique()) > 2 and len(x) == lengths.sum()
+    return x, lengths
 
 
 # --- encoder ------------------------------------------------------------------------------------------------------
@@ -98,28 +98,82 @@ def test_alpha_learns_unless_it_is_fixed(kind):
 @pytest.mark.parametrize(("mask", "forward", "backward"), [("causal", True, False), ("anticausal", False, True), ("none", True, True)])
 def test_self_attention_sees_what_its_mask_lets_it_see(tiny_acts, mask, forward, backward):
     decoder = build(tiny_acts, mask=mask).decoder
-    queries, memory = torch.randn(2, 7, WIDTH), torch.randn(2, 7, WIDTH)
-    real = torch.arange(7) < torch.tensor([7, 5])[:, None]
-    before = decoder(queries, memory, real)
-    queries[:, 3] = torch.randn(2, WIDTH)
-    moved = (decoder(queries, memory, real) - before).abs().amax(-1) > 1e-4  # (B, T): which positions saw the change
-    assert moved[:, 3].all()
-    assert moved[0, 4:].all() == forward and moved[0, 4:].any() == forward
-    assert moved[:, :3].all() == backward and moved[:, :3].any() == backward
-    assert moved[1, 4] == forward
+    queries, memory, lengths = torch.randn(12, WIDTH), torch.randn(12, WIDTH), torch.tensor([7, 5])
+    before = decoder(queries, memory, lengths)
+    queries[[3, 7 + 3]] = torch.randn(2, WIDTH)
+    moved = (decoder(queries, memory, lengths) - before).abs().amax(-1) > 1e-4  # which positions saw the change
+    for sentence in moved.split(lengths.tolist()):
+        assert sentence[3]
+        assert sentence[4:].all() == forward and sentence[4:].any() == forward
+        assert sentence[:3].all() == backward and sentence[:3].any() == backward
 
 
 def test_a_position_sees_the_memory_of_all_positions(tiny_acts):
     decoder = build(tiny_acts).decoder
-    queries, memory = torch.randn(1, 7, WIDTH), torch.randn(1, 7, WIDTH)
-    real = torch.ones(1, 7, dtype=torch.bool)
-    before = decoder(queries, memory, real)
-    memory[:, 6] = torch.randn(1, WIDTH)
-    assert ((decoder(queries, memory, real) - before).abs().amax(-1) > 1e-5).all()
+    queries, memory, lengths = torch.randn(9, WIDTH), torch.randn(9, WIDTH), torch.tensor([7, 2])
+    before = decoder(queries, memory, lengths)
+    memory[6] = torch.randn(WIDTH)
+    assert torch.equal((decoder(queries, memory, lengths) - before).abs().amax(-1) > 1e-5, torch.arange(9) < 7)  # its own sentence
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("mask", ["causal", "none", "anticausal"])
+@pytest.mark.parametrize("lengths", [[5, 1, 7, 7], [3, 3], [1], [1, 1, 1]])
+def test_without_padding_the_decoder_gives_what_pytorchs_own_gives_with_padding(norm_first, mask, lengths):
+    decoder = clvq.Decoder(WIDTH, 20, model_settings(decoder_layers=3, norm_first=norm_first, mask=mask, dropout=0.0))
+    layer = torch.nn.TransformerDecoderLayer(WIDTH, 4, 64, 0.0, batch_first=True, norm_first=norm_first)
+    theirs = torch.nn.TransformerDecoder(layer, 3, decoder.norm if norm_first else None)
+    for one, other in zip(theirs.layers, decoder.layers, strict=True):
+        one.load_state_dict(other.state_dict())
+    lengths = torch.tensor(lengths)
+    wide = int(lengths.max())
+    real = torch.arange(wide) < lengths[:, None]
+    seen = torch.ones(wide, wide, dtype=torch.bool)
+    seen = real[:, None] & {"causal": seen.tril(), "anticausal": seen.triu(), "none": seen}[mask] | torch.eye(wide, dtype=torch.bool)
+    queries, memory = torch.randn(2, len(lengths), wide, WIDTH)
+    queries.requires_grad_()
+    expected = decoder.out(theirs(queries, memory, tgt_mask=~seen.repeat_interleave(4, 0), memory_key_padding_mask=~real))[real]
+    found = decoder(queries[real], memory[real], lengths)
+    torch.testing.assert_close(found, expected)
+    for parameters in zip(theirs.layers.parameters(), decoder.layers.parameters(), strict=True):
+        gradients = [torch.autograd.grad(out.square().sum(), [queries, parameter], retain_graph=True)
+                     for out, parameter in zip((expected, found), parameters, strict=True)]  # fmt: skip
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_each_number_with_its_chance_alone_and_keeps_the_mean(p, dtype):
+    x = torch.ones(301, 1001, dtype=dtype, requires_grad=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        out = clvq.dropout(x, p)
+        torch.manual_seed(1)
+        assert torch.equal(out, clvq.dropout(x, p))  # the seed decides
+        assert not torch.equal(out, clvq.dropout(x, p))
+    out.sum().backward()
+    assert torch.equal(out, x.grad) and len(out.unique()) == 2
+    assert out.max().item() == pytest.approx(1 / (1 - p), rel=4e-3 if dtype == torch.bfloat16 else 1e-6)
+    dropped = (out == 0).double().flatten()
+    spread = (p * (1 - p)) ** 0.5
+    for part in (dropped, *(dropped[i::4] for i in range(4))):  # of the four numbers drawn at once, too
+        assert abs(part.mean() - p) < 4 * spread / len(part) ** 0.5
+    for lag in (1, 2, 3, 4, 1001):
+        pairs = (dropped[lag:] - p) * (dropped[:-lag] - p)
+        assert abs(pairs.mean()) < 4 * spread**2 / len(pairs) ** 0.5
+
+
+def test_what_is_dropped_differs_between_the_parts_of_a_layer_and_evaluation_drops_nothing(tiny_acts, batch):
+    model, (x, lengths) = build(tiny_acts, dropout=0.5), batch
+    assert torch.equal(model(x, lengths).reconstruction, model(x, lengths).reconstruction)
+    queries = model.quantizer(x).vectors
+    model.decoder.train()
+    first, second = (model.decoder(queries, queries, lengths) for _ in range(2))
+    assert (first - second).abs().mean() > 1e-2
 
 
 def test_the_decoders_blocks_are_not_copies_of_each_other_at_the_start():
-    blocks = clvq.Decoder(WIDTH, WIDTH, model_settings(decoder_layers=3)).blocks.layers
+    blocks = clvq.Decoder(WIDTH, WIDTH, model_settings(decoder_layers=3)).layers
     for name, weight in blocks[0].named_parameters():
         if weight.dim() > 1:
             others = [dict(block.named_parameters())[name] for block in blocks[1:]]
@@ -132,10 +186,10 @@ def test_heads_that_do_not_divide_the_width_are_refused(refused):
 
 
 def test_the_target_may_have_another_width(tiny_acts, batch):
-    x, mask = batch
+    x, lengths = batch
     model = clvq.CLVQVAE(WIDTH, 20, 0, 1, "synthetic", model_settings()).eval()
-    out = model(x, mask)
-    assert out.reconstruction.shape == (*mask.shape, 20) and model.loss(out, torch.zeros(*mask.shape, 20), mask)[0].isfinite()
+    out = model(x, lengths)
+    assert out.reconstruction.shape == (len(x), 20) and model.loss(out, torch.zeros(len(x), 20))[0].isfinite()
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------
@@ -143,49 +197,50 @@ def test_the_target_may_have_another_width(tiny_acts, batch):
 
 @pytest.mark.parametrize("memory", ["encoder", "quantized"])
 @pytest.mark.parametrize("mask_kind", ["causal", "none", "anticausal"])
-def test_what_stands_at_padding_never_changes_a_real_position(tiny_acts, batch, memory, mask_kind):
-    x, mask = batch
+def test_a_sentence_is_the_same_whatever_stands_beside_it(tiny_acts, batch, memory, mask_kind):
+    x, lengths = batch
     model = build(tiny_acts, memory=memory, mask=mask_kind)
-    before = model(x, mask)
-    after = model(torch.where(mask[..., None], x, 100 * torch.randn_like(x)), mask)
-    assert torch.equal(after.quantized.codes, before.quantized.codes)
-    torch.testing.assert_close(after.reconstruction[mask], before.reconstruction[mask], rtol=0, atol=1e-5)
-    target = torch.randn_like(x)
-    torch.testing.assert_close(model.loss(after, target, mask), model.loss(before, target, mask))
-    assert after.reconstruction[mask].isfinite().all()
+    together = model(x, lengths)
+    parts = zip(*(tensor.split(lengths.tolist()) for tensor in (x, together.reconstruction, together.quantized.codes)), strict=True)
+    for states, reconstruction, codes in parts:
+        alone = model(states, torch.tensor([len(states)]))
+        beside = model(torch.cat([100 * torch.randn(50, WIDTH), states]), torch.tensor([50, len(states)]))
+        for other in (alone.reconstruction, beside.reconstruction[50:]):
+            torch.testing.assert_close(other, reconstruction, rtol=0, atol=1e-5)
+        assert torch.equal(alone.quantized.codes, codes) and torch.equal(beside.quantized.codes[50:], codes)
 
 
 def test_with_quantised_memory_nothing_passes_around_the_codes(tiny_acts, batch):
-    x, mask = batch
+    x, lengths = batch
     nudged = x + 0.02 * torch.randn_like(x)
 
     def moved(memory: str) -> float:
         model = build(tiny_acts, memory=memory)
-        before, after = model(x, mask), model(nudged, mask)
+        before, after = model(x, lengths), model(nudged, lengths)
         assert torch.equal(before.quantized.codes, after.quantized.codes)  # too small a step to reach another code
-        return (before.reconstruction - after.reconstruction)[mask].abs().max().item()
+        return (before.reconstruction - after.reconstruction).abs().max().item()
 
     assert moved("quantized") < 1e-5 < 1e-3 < moved("encoder")
 
 
 def test_the_loss_is_the_error_in_standard_deviations_plus_beta_times_the_commitment(tiny_acts, batch):
-    x, mask = batch
-    (y,), _ = tiny_acts.pad(torch.arange(8), [1], torch.device("cpu"))
+    x, lengths = batch
+    (y,), _ = tiny_acts.batch(torch.arange(8), [1], torch.device("cpu"))
     model = build(tiny_acts, commitment=0.3)
-    out = model(x, mask)
+    out = model(x, lengths)
     mean, scale = tiny_acts.states[1].float().mean(0), tiny_acts.states[1].float().std(0)
-    error = (out.reconstruction[mask] - (y[mask] - mean) / scale).square().mean()
-    commitment = (out.encoded[mask] - model.vectors[out.quantized.codes[mask]]).square().mean()
-    torch.testing.assert_close(model.loss(out, y, mask), (error + 0.3 * commitment, error))
-    in_own_units = (model.reconstruct(out)[mask] - y[mask]).square().mean(0)
+    error = (out.reconstruction - (y - mean) / scale).square().mean()
+    commitment = (out.encoded - model.vectors[out.quantized.codes]).square().mean()
+    torch.testing.assert_close(model.loss(out, y), (error + 0.3 * commitment, error))
+    in_own_units = (model.reconstruct(out) - y).square().mean(0)
     torch.testing.assert_close((in_own_units / scale.square()).mean(), error)
 
 
 def test_the_concept_of_a_state_is_the_code_it_gets_in_its_sentence(tiny_acts, batch):
-    x, mask = batch
+    x, lengths = batch
     model = build(tiny_acts)
     for rows in (5, 16384):
-        assert torch.equal(model.assign(tiny_acts.states[0][: mask.sum()], rows), model(x, mask).quantized.codes[mask])
+        assert torch.equal(model.assign(tiny_acts.states[0][: len(x)], rows), model(x, lengths).quantized.codes)
 
 
 # --- saving and loading -------------------------------------------------------------------------------------------
@@ -193,7 +248,7 @@ def test_the_concept_of_a_state_is_the_code_it_gets_in_its_sentence(tiny_acts, b
 
 @pytest.mark.parametrize("chosen", [{}, dict(alpha="fixed", fixed_alpha=0.75, norm_first=False, memory="quantized", mask="none")])
 def test_a_model_that_was_saved_and_loaded_is_the_same(tiny_acts, batch, tmp_path, chosen):
-    x, mask = batch
+    x, lengths = batch
     model = build(tiny_acts, **chosen)
     model.save_pretrained(tmp_path)
     again = clvq.CLVQVAE.from_pretrained(tmp_path).eval()
@@ -202,7 +257,7 @@ def test_a_model_that_was_saved_and_loaded_is_the_same(tiny_acts, batch, tmp_pat
     state = again.state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    before, after = model(x, mask), again(x, mask)
+    before, after = model(x, lengths), again(x, lengths)
     assert torch.equal(before.reconstruction, after.reconstruction)
     assert torch.equal(before.quantized.codes, after.quantized.codes)
 

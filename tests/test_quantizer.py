@@ -93,9 +93,9 @@ def test_the_nearest_code_is_drawn_when_the_temperature_goes_to_zero():
 @pytest.mark.parametrize("mode", ["evaluation", "one nearest"])
 def test_the_nearest_code_is_taken_in_evaluation_and_where_only_one_is_allowed(mode):
     q = quantizer(top_k=5).eval() if mode == "evaluation" else quantizer(top_k=1)
-    z, mask = torch.randn(4, 30, 8, generator=seed(2)), torch.ones(4, 30, dtype=torch.bool)
-    out = q(z, mask)
-    assert torch.equal(out.codes.flatten(), exact_squares(z.flatten(0, 1), q.codebook).argmin(1))
+    z = torch.randn(120, 8, generator=seed(2))
+    out = q(z)
+    assert torch.equal(out.codes, exact_squares(z, q.codebook).argmin(1))
     torch.testing.assert_close(out.vectors, q.codebook[out.codes])
 
 
@@ -108,52 +108,44 @@ def test_draws_depend_on_the_generator_alone():
 # --- what the quantiser returns -----------------------------------------------------------------------------------
 
 
-def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    mask = torch.arange(6) < torch.tensor([6, 1, 4])[:, None]
-    return torch.randn(3, 6, 8, generator=seed(4)), mask
+def states() -> torch.Tensor:
+    return torch.randn(11, 8, generator=seed(4))
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_padding_has_no_code_no_vector_and_no_part_in_the_commitment(training):
-    z, mask = padded_batch()
-    q = quantizer().train(training)
-    out = q(z, mask, seed())
-    assert (out.codes[~mask] == -1).all() and (out.codes[mask] >= 0).all()
-    assert (out.vectors[~mask] == 0).all()
-    torch.testing.assert_close(out.vectors[mask], q.codebook[out.codes[mask]])
-    torch.testing.assert_close(out.commitment, (z[mask] - q.codebook[out.codes[mask]]).square().mean())
-    z[~mask] = 1e6
-    again = q(z, mask, seed())
-    assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
+def test_every_state_gets_its_codes_vector_and_the_commitment_is_the_mean_square_between_them(training):
+    z, q = states(), quantizer().train(training)
+    out = q(z, seed())
+    torch.testing.assert_close(out.vectors, q.codebook[out.codes])
+    torch.testing.assert_close(out.commitment, (z - q.codebook[out.codes]).square().mean())
+    assert all(torch.equal(a, b) for a, b in zip(out, q(z, seed()), strict=True))
 
 
 def test_gradients_pass_straight_through_the_codes():
-    z, mask = padded_batch()
+    z = states()
     weight = torch.randn(z.shape, generator=seed(5))
     z.requires_grad_()
-    (quantizer()(z, mask, seed()).vectors * weight).sum().backward()
-    assert torch.equal(z.grad[mask], weight[mask]) and (z.grad[~mask] == 0).all()
+    (quantizer()(z, seed()).vectors * weight).sum().backward()
+    assert torch.equal(z.grad, weight)
 
 
 def test_the_commitment_pulls_states_to_their_codes_and_no_gradient_reaches_the_codes():
-    z, mask = padded_batch()
-    z.requires_grad_()
+    z = states().requires_grad_()
     q = quantizer()
     before = q.codebook.clone()
-    out = q(z, mask, seed())
+    out = q(z, seed())
     (out.commitment + 0 * out.vectors.sum()).backward()
-    gap = z.detach()[mask] - q.codebook[out.codes[mask]]
-    torch.testing.assert_close(z.grad[mask], 2 * gap / gap.numel())
+    gap = z.detach() - q.codebook[out.codes]
+    torch.testing.assert_close(z.grad, 2 * gap / gap.numel())
     assert list(q.parameters()) == [] and q.codebook.grad is None
     assert torch.equal(q.codebook, before)  # nor does a forward pass move them
 
 
 def test_the_quantiser_is_float32_whatever_autocast_says():
-    z, mask = padded_batch()
-    q = quantizer(top_k=1)
+    z, q = states(), quantizer(top_k=1)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = q(z, mask)
-    outside = q(z, mask)
+        inside = q(z)
+    outside = q(z)
     assert inside.vectors.dtype == inside.commitment.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
@@ -178,12 +170,12 @@ def test_the_moving_averages_are_those_of_vector_quantize_pytorch(decay):
     q.start(q.codebook.clone(), q.counts.clone())
     other = peer(q)
     for step in range(8):
-        z = torch.randn(1, 100, 8, generator=seed(step)) + 0.1 * step
-        out = q(z, torch.ones(1, 100, dtype=torch.bool))
-        q.update(z[0], out.codes[0])
-        vectors, codes, _ = other(z)
-        assert torch.equal(codes, out.codes)
-        torch.testing.assert_close(vectors, out.vectors)
+        z = torch.randn(100, 8, generator=seed(step)) + 0.1 * step
+        out = q(z)
+        q.update(z, out.codes)
+        vectors, codes, _ = other(z[None])
+        assert torch.equal(codes[0], out.codes)
+        torch.testing.assert_close(vectors[0], out.vectors)
         torch.testing.assert_close(q.counts, other._codebook.cluster_size[0])
         torch.testing.assert_close(q.sums, other._codebook.embed_avg[0])
         torch.testing.assert_close(q.codebook, other.codebook)
@@ -244,23 +236,23 @@ def test_a_batch_gives_the_codes_losses_and_averages_of_its_sentences_one_by_one
     with torch.random.fork_rng():
         batched, single = fresh(), fresh()
     sentences = torch.arange(20)
-    (x, y), mask = tiny_acts.pad(sentences, [0, 1], torch.device("cpu"))
-    assert not mask.all()
-    out = batched(x, mask)
-    loss, error = batched.loss(out, y, mask)
+    (x, y), lengths = tiny_acts.batch(sentences, [0, 1], torch.device("cpu"))
+    assert len(lengths.unique()) > 1
+    out = batched(x, lengths)
+    loss, error = batched.loss(out, y)
     parts, total = [], torch.zeros(2)
     for s in sentences:
-        (x1, y1), mask1 = tiny_acts.pad(s[None], [0, 1], torch.device("cpu"))
-        one = single(x1, mask1)
+        (x1, y1), length = tiny_acts.batch(s[None], [0, 1], torch.device("cpu"))
+        one = single(x1, length)
         parts.append(one)
-        total += torch.stack(single.loss(one, y1, mask1)).detach() * mask1.sum()
-    torch.testing.assert_close(torch.stack([loss, error]), total / mask.sum(), rtol=1e-5, atol=1e-6)
+        total += torch.stack(single.loss(one, y1)).detach() * len(x1)
+    torch.testing.assert_close(torch.stack([loss, error]), total / len(x), rtol=1e-5, atol=1e-6)
     for name in ("reconstruction", "encoded"):
-        each = torch.cat([getattr(part, name)[0] for part in parts])
-        torch.testing.assert_close(getattr(out, name)[mask], each, rtol=1e-4, atol=1e-5)
-    z, codes = torch.cat([part.encoded[0] for part in parts]), torch.cat([part.quantized.codes[0] for part in parts])
-    assert torch.equal(out.quantized.codes[mask], codes)
-    batched.quantizer.update(out.encoded[mask].detach(), out.quantized.codes[mask])
+        each = torch.cat([getattr(part, name) for part in parts])
+        torch.testing.assert_close(getattr(out, name), each, rtol=1e-4, atol=1e-5)
+    z, codes = torch.cat([part.encoded for part in parts]), torch.cat([part.quantized.codes for part in parts])
+    assert torch.equal(out.quantized.codes, codes)
+    batched.quantizer.update(out.encoded.detach(), out.quantized.codes)
     single.quantizer.update(z.detach(), codes)
     for name, buffer in batched.quantizer.named_buffers():
         torch.testing.assert_close(buffer, dict(single.quantizer.named_buffers())[name], rtol=1e-5, atol=1e-5)

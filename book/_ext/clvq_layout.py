@@ -5,10 +5,14 @@
 * Stored outputs first: a notebook that comes with outputs, or has an executed twin in book/executed/, is rendered as it
   is; only the others are executed. CLVQ_BOOK_EXECUTE=cache|force|off overrules that for every notebook.
 * ``{notebook-figure}``: a figure of one page on another. ``{glue}`` can do it for text alone: it loses alt text and file.
+* ``{concept-explorer}``: the page to look around in, made at build from the table that a notebook stores, so that its
+  libraries are in the built book alone.
+* Tables of the class ``sortable`` can be sorted, by DataTables, whose script stands in the page: nothing is loaded.
 """
 import base64
 import json
 import os
+import re
 from pathlib import Path
 
 from docutils import nodes
@@ -16,6 +20,7 @@ from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
 EXECUTED = ROOT / "book" / "executed"
+EXPLORER = "application/vnd.clvq.explorer+json"
 
 
 def stored(docname):
@@ -44,6 +49,12 @@ def read_twin(app, docname, source):
     if docname.startswith("notebooks/") and path.parent == EXECUTED:
         app.env.note_dependency(str(path))
         source[0] = path.read_text("utf8")
+    if EXPLORER in source[0]:                           # data of another page
+        notebook = json.loads(source[0])
+        for cell in notebook["cells"]:
+            for output in cell.get("outputs", []):
+                output.get("data", {}).pop(EXPLORER, None)
+        source[0] = json.dumps(notebook)
 
 
 class NotebookFigure(SphinxDirective):
@@ -73,6 +84,52 @@ class NotebookFigure(SphinxDirective):
         return [figure, *messages]
 
 
+class ConceptExplorer(SphinxDirective):
+    """``{concept-explorer} notebooks/05_qualitative``: all concepts, from the output of type EXPLORER of that notebook."""
+
+    required_arguments = 1
+
+    def run(self):
+        import pandas as pd
+
+        import clvq_core
+
+        path = stored(self.arguments[0])
+        self.env.note_dependency(str(path))
+        outputs = [output.get("data", {}) for cell in cells(path) for output in cell.get("outputs", [])]
+        found = [data[EXPLORER] for data in outputs if EXPLORER in data]
+        if not found:
+            raise self.error(f"{path.name} has no stored output of type {EXPLORER}")
+        page = clvq_core.explorer(pd.DataFrame(found[0]["concepts"]), found[0]["about"])
+        return [nodes.raw("", f'<div class="explorer">{page}</div>', format="html")]
+
+
+SORTABLE = """<script type="module">
+const {jQuery} = await window.%s;
+const root = document.documentElement, dark = () => root.classList.toggle("dark", root.dataset.theme === "dark");
+new MutationObserver(dark).observe(root, {attributeFilter: ["data-theme"]});
+dark();
+for (const table of document.querySelectorAll("table.sortable")) {
+    for (const cell of table.querySelectorAll("tbody td")) {
+        const number = parseFloat(cell.textContent.replace("\u2212", "-").replaceAll(",", ""));
+        if (!isNaN(number)) cell.dataset.order = number;
+    }
+    jQuery(table).DataTable({paging: false, info: false, searching: false, order: [], autoWidth: false});
+}
+</script>"""
+
+
+def make_sortable(app, pagename, templatename, context, doctree):
+    if not re.search(r'<table[^>]* class="[^"]*\bsortable\b', context.get("body", "")):
+        return
+    import itables
+    from itables.javascript import generate_init_offline_itables_html
+
+    library = generate_init_offline_itables_html(itables.options.dt_bundle)
+    name = library.split("if (!window.")[1].split(")")[0]
+    context["body"] += library[:library.index("<div")] + SORTABLE % name
+
+
 def setup(app):
     if Path(app.srcdir) in (ROOT, ROOT / "book"):       # a book, not a single page
         app.srcdir = app.confdir = type(app.srcdir)(ROOT)
@@ -80,5 +137,7 @@ def setup(app):
         app.config.include_patterns = ["book/**", "notebooks/**"]   # not .venv, runs/, README
     app.connect("config-inited", choose_what_runs, priority=400)
     app.connect("source-read", read_twin)
+    app.connect("html-page-context", make_sortable)
     app.add_directive("notebook-figure", NotebookFigure)
+    app.add_directive("concept-explorer", ConceptExplorer)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

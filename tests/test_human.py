@@ -1,0 +1,219 @@
+"""The human evaluation: samples, items, the store of answers, agreement, simulated raters."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import clvq_core as clvq
+
+GOOD, BAD = ["good", "moving", "warm"], ["bad", "dull", "cold"]
+
+
+def write_study(folder: Path, sentences: int = 6, methods: tuple[str, ...] = ("CLVQ-VAE", "Ward clusters")) -> clvq.Study:
+    """A study whose clouds are plainly of one class or the other."""
+    rows, items = [], []
+    for sentence in range(sentences):
+        for method in methods:
+            tag, good = f"{sentence}{method[0]}", sentence % 2 == 0
+            items.append({"id": tag, "group": sentence, "words": dict.fromkeys(GOOD if good else BAD, 3)})
+            predicted = "positive" if good else "negative"
+            rows.append(dict(item=tag, sentence=sentence, method=method, concept=0, predicted=predicted, label="positive", outcome="TP"))
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_parquet(folder / "key.parquet")
+    (folder / "study.json").write_text(json.dumps({"classes": ["negative", "positive"], "seed": 1, "items": items}), "utf8")
+    return clvq.Study(folder)
+
+
+@pytest.fixture
+def study(tmp_path) -> clvq.Study:
+    return write_study(tmp_path / "study")
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_outcomes_are_named_by_the_second_class_being_the_positive_one():
+    labels, predicted = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    assert clvq.outcomes(labels, predicted, 2).tolist() == ["TN", "FP", "FN", "TP"]
+    assert clvq.outcomes(labels, predicted, 3).tolist() == ["right", "wrong", "wrong", "right"]
+
+
+@pytest.mark.parametrize("n, expected", [(8, [2, 2, 2, 2]), (19, [5, 5, 5, 4]), (4, [1, 1, 1, 1]), (30, [13, 10, 5, 2])])
+def test_a_sample_is_as_even_as_it_can_be_and_depends_on_the_seed_alone(n, expected):
+    kinds = np.repeat(["TP", "TN", "FP", "FN"], [40, 10, 5, 2] if n == 30 else [40, 10, 10, 10])
+    chosen = clvq.balanced_sample(kinds, n, seed=3)
+    assert sorted(Counter(kinds[chosen]).values(), reverse=True) == expected and len(set(chosen)) == n
+    assert np.array_equal(chosen, clvq.balanced_sample(kinds, n, seed=3))
+    assert not np.array_equal(chosen, clvq.balanced_sample(kinds, n, seed=4))
+
+
+def test_more_sentences_than_there_are_is_refused(refused):
+    with refused("9 sentences", "8"):
+        clvq.balanced_sample(np.array(["TP"] * 8), 9, 0)
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_there_for_its_rater_alone_and_a_later_one_takes_its_place(study):
+    one, other = study.join(), study.join()
+    study.save(one, "0C", "positive", 7)
+    study.save(one, "0C", "negative", 9)
+    study.save(other, "1C", "positive", 1)
+    assert clvq.Study(study.folder).answers_of(one) == {"0C": ("negative", 9)} and study.answers_of(other) == {"1C": ("positive", 1)}
+    answers = study.answers
+    assert answers[["rater", "item", "answer", "confidence", "method"]].values.tolist() == [
+        [1, "0C", "negative", 9, "CLVQ-VAE"],
+        [2, "1C", "positive", 1, "CLVQ-VAE"],
+    ]
+    assert one not in answers.to_json() and one != other and len(one) >= 20
+
+
+@pytest.mark.parametrize("answer", [("none", "positive", 5), ("0C", "no class", 5), ("0C", "positive", 0), ("0C", "positive", 11)])
+def test_what_is_no_answer_is_refused_and_nothing_is_lost(study, answer):
+    token = study.join()
+    study.save(token, "0C", "positive", 5)
+    with pytest.raises((ValueError, clvq.sqlite3.IntegrityError)):
+        study.save(token, *answer)
+    assert study.answers_of(token) == {"0C": ("positive", 5)}
+
+
+def test_a_token_that_nobody_has_reads_and_writes_nothing(study, refused):
+    with refused("nobody has this link"):
+        study.answers_of("' OR 1=1 --")
+    with refused("nobody has this link"):
+        study.save("x", "0C", "positive", 5)
+    assert study.answers.empty
+
+
+def test_twenty_raters_at_once_lose_nothing(study):
+    def rate(_: int) -> str:
+        own = clvq.Study(study.folder)
+        token = own.join()
+        for item in own.order(token):
+            own.save(token, item, "positive", 5)
+        return token
+
+    with ThreadPoolExecutor(20) as pool:
+        tokens = list(pool.map(rate, range(20)))
+    assert len(set(tokens)) == 20 and len(study.answers) == 20 * len(study.items)
+    assert all(len(study.answers_of(token)) == len(study.items) for token in tokens)
+
+
+def test_what_was_saved_before_a_kill_is_there(study):
+    code = (
+        "import clvq_core as clvq, itertools, pathlib, sys\n"
+        "study = clvq.Study(pathlib.Path(sys.argv[1])); token = study.join(); print(token, flush=True)\n"
+        "for i in itertools.count():\n"
+        "    item = list(study.items)[i % len(study.items)]\n"
+        "    study.save(token, item, 'positive', i % 10 + 1); print(item, i % 10 + 1, flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(clvq.__file__).parent)}
+    with subprocess.Popen([sys.executable, "-c", code, str(study.folder)], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout
+        token, said = process.stdout.readline().strip(), {}
+        for _ in range(40):
+            item, confidence = process.stdout.readline().split()
+            said[item] = ("positive", int(confidence))
+        process.send_signal(signal.SIGKILL)
+    kept = study.answers_of(token)
+    assert kept.keys() == said.keys() and sum(kept[item] == said[item] for item in said) >= len(said) - 1  # one more may have been saved
+
+
+def test_every_rater_has_every_item_once_and_methods_take_turns(study):
+    firsts = Counter()
+    for _ in range(6):
+        order = study.order(token := study.join())
+        assert sorted(order) == sorted(study.items) and order == study.order(token)
+        half = len(order) // 2
+        assert {study.items[item]["group"] for item in order[:half]} == set(range(half))
+        firsts.update(item[-1] for item in order[:half])
+        assert Counter(item[-1] for item in order[:half]) == {"C": 3, "W": 3}
+    assert firsts == {"C": 18, "W": 18}
+
+
+def test_a_folder_without_a_study_is_refused(refused, tmp_path):
+    with refused("no study"):
+        clvq.Study(tmp_path)
+
+
+# --- agreement --------------------------------------------------------------------------------------------------------
+
+
+def rated(matrix: list[list[float]], method: str = "CLVQ-VAE") -> pd.DataFrame:
+    """Answers from raters x items; NaN where there is none."""
+    rows = [
+        dict(rater=r, item=f"{method}{i}", sentence=i, answer=str(value), confidence=5, method=method, predicted="1", outcome="TP")
+        for r, line in enumerate(matrix)
+        for i, value in enumerate(line)
+        if not (isinstance(value, float) and math.isnan(value))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_kappa_is_that_of_fleiss_own_example():
+    # Fleiss 1971: 14 raters, 10 subjects, 5 categories, as Wikipedia has it: kappa 0.210
+    table = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
+             [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]  # fmt: skip
+    raters = np.array([np.repeat(np.arange(5), line) for line in table]).T.tolist()
+    found = clvq.rater_agreement(rated(raters), draws=50).iloc[0]
+    assert found["kappa"] == pytest.approx(0.210, abs=5e-4) and found["kappa_low"] < found["kappa"] < found["kappa_high"]
+    assert found["items"] == 10 and found["raters"] == 14
+
+
+def test_alpha_is_that_of_krippendorffs_own_example():
+    # Krippendorff 2011, "Computing Krippendorff's alpha-reliability", section C: nominal, missing values, alpha 0.743
+    nan = math.nan
+    matrix = [[1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan], [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
+              [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan], [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan]]  # fmt: skip
+    found = clvq.rater_agreement(rated(matrix), draws=20).iloc[0]
+    assert found["alpha"] == pytest.approx(0.743, abs=5e-4) and math.isnan(found["kappa"])
+
+
+def test_alignment_is_with_the_models_prediction_overall_and_by_outcome():
+    answers = rated([["1", "1", "0", "1"], ["1", "0", "0", "1"]]).assign(outcome=["TP", "TP", "FN", "FN"] * 2)
+    found = clvq.rater_agreement(answers, draws=20).iloc[0]
+    assert (found["aligned"], found["aligned TP"], found["aligned FN"]) == (5 / 8, 3 / 4, 2 / 4)
+
+
+def test_raters_who_all_say_one_thing_have_no_agreement_beyond_chance():
+    found = clvq.rater_agreement(rated([["1"] * 5] * 3), draws=5).iloc[0]
+    assert math.isnan(found["kappa"]) and math.isnan(found["alpha"]) and found["aligned"] == 1
+
+
+# --- simulated raters, and how many are needed ------------------------------------------------------------------------
+
+
+def test_simulated_raters_read_clouds_of_the_classes_words_and_nothing_else(study):
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(GOOD if i % 2 else BAD, 4)) for i in range(200)]
+    labels = ["positive" if i % 2 else "negative" for i in range(200)]
+    found = clvq.simulated_answers(study, texts, labels, raters=4)
+    assert (found["answer"] == found["predicted"]).all() and found["confidence"].between(5, 10).all() and len(found) == 4 * 12
+    pd.testing.assert_frame_equal(found, clvq.simulated_answers(study, texts, labels, raters=4))
+
+
+def test_as_many_items_as_are_said_to_be_needed_show_the_difference_about_as_often_as_promised():
+    draw = np.random.default_rng(1)
+
+    def sample(n: int) -> pd.DataFrame:
+        chance = {"A": draw.beta(4, 1.1, n), "B": draw.beta(2, 1.7, n)}
+        return pd.concat([rated((draw.random((14, n)) < chance[method]).astype(int).tolist(), method) for method in chance])
+
+    needed = clvq.items_needed(sample(400), ("A", "B"), difference=4 / 5.1 - 2 / 3.7, raters=14)
+    shown = 0
+    for _ in range(200):
+        gap = sample(needed).assign(right=lambda t: t["answer"] == "1").pivot_table(index="sentence", columns="method", values="right")
+        gap = gap["A"].astype(float) - gap["B"].astype(float)
+        shown += abs(gap.mean()) > 1.96 * gap.std() / math.sqrt(needed)
+    assert 8 < needed < 60 and 0.7 < shown / 200 < 0.92
