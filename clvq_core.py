@@ -546,6 +546,24 @@ def pad_rows(offsets: Int[Tensor, "S+1"], sentences: Int[Tensor, "B"]) -> tuple[
     return first[:, None] + steps * mask, mask
 
 
+def blocks(states: Float[Tensor, "N D"], rows: Int[Tensor, "n"] | None = None, size: int = 16384) -> Iterator[Float[Tensor, "b D"]]:
+    """These rows (none: all) in float32, ``size`` at a time: what is on disk is never in memory as a whole."""
+    yield from (part.float() for part in states.split(size)) if rows is None else (states[part].float() for part in rows.split(size))
+
+
+def moments(states: Float[Tensor, "N D"], rows: Int[Tensor, "n"] | None = None, covariance: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and variance (over n, not n - 1) of these rows by dimension, (D,) each, or the whole covariance (D, D); double precision."""
+    n, width = len(states if rows is None else rows), states.shape[1]
+    total, square = torch.zeros(width, dtype=torch.double), torch.zeros((width,) * (1 + covariance), dtype=torch.double)
+    near = next(blocks(states, rows)).double().mean(0)                                      # squares of what lies near 0 do not cancel
+    for block in blocks(states, rows):
+        apart = block.double() - near
+        total += apart.sum(0)
+        square += apart.T @ apart if covariance else apart.square().sum(0)
+    off = total / n
+    return near + off, square / n - (torch.outer(off, off) if covariance else off.square())
+
+
 def length_batches(lengths: Int[Tensor, "S"], budget: int) -> list[Int[Tensor, "B"]]:
     """Sentences grouped by length, longest first, each group padded to at most ``budget`` positions (or one sentence)."""
     order = lengths.argsort(descending=True, stable=True)
@@ -1513,23 +1531,30 @@ def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Ge
     return centres, labels
 
 
-def start_codebook(x: Float[Tensor, "N D"], settings: ModelSettings,
-                   generator: torch.Generator) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
-    """First codes and how many rows each has. Equation 2: a spherical centre times the mean length of its rows, of all rows if
-    it has none. ValueError if there are fewer rows than codes."""
-    k = settings.n_codes
-    if len(x) < k:
-        raise ValueError(f"n_codes={k} is more than the {len(x)} training states; lower n_codes or take more text")
+POINTS = 256
+"""States a code from which k-means learns where codes begin, as is usual in faiss: more would move them little."""
+
+
+def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, generator: torch.Generator,
+                   rows: Int[Tensor, "n"] | None = None) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
+    """First codes and how many of the rows (none: all) each has. Equation 2: a spherical centre times the mean length of its rows, of all
+    rows if it has none. Centres are those of at most `POINTS` rows a code. ValueError if there are fewer rows than codes."""
+    k, rows = settings.n_codes, torch.arange(len(states)) if rows is None else rows
+    if len(rows) < k:
+        raise ValueError(f"n_codes={k} is more than the {len(rows)} training states; lower n_codes or take more text")
     if settings.start == "random":
-        codes = x[torch.randperm(len(x), generator=generator)[:k]]
-        labels = nearest(x, codes)[0]
+        codes = states[rows[torch.randperm(len(rows), generator=generator)[:k]]].float()
     else:
-        codes, labels = kmeans(x, k, settings.start_iterations, generator, spherical=settings.start == "spherical")
-    counts = labels.bincount(minlength=k).float()
+        chosen = rows if len(rows) <= POINTS * k else rows[torch.randperm(len(rows), generator=generator)[:POINTS * k].sort().values]
+        codes = kmeans(states[chosen].float(), k, settings.start_iterations, generator, settings.start == "spherical")[0]
+    counts, lengths = torch.zeros(k), torch.zeros(k)
+    for block in blocks(states, rows):
+        norms = block.norm(dim=1)
+        labels = nearest(F.normalize(block, dim=1) if settings.start == "spherical" else block, codes)[0]
+        counts += labels.bincount(minlength=k)
+        lengths.index_add_(0, labels, norms)
     if settings.start == "spherical":
-        norms = x.norm(dim=1)
-        total = torch.zeros(k).index_add_(0, labels, norms)
-        codes = codes * torch.where(counts > 0, total / counts.clamp_min(1), norms.mean())[:, None]
+        codes = codes * torch.where(counts > 0, lengths / counts.clamp_min(1), lengths.sum() / len(rows))[:, None]
     return codes, counts
 
 
@@ -1970,10 +1995,10 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
         plateau.load_state_dict(record["plateau"])
     else:
         if config.standardize_targets:
-            scale, mean = torch.std_mean(acts.states[target][rows].float(), 0)
+            mean, variance = moments(acts.states[target], rows)
             model.target_mean.copy_(mean)
-            model.target_scale.copy_(scale.clamp_min(1e-6))
-        codes, counts = start(acts.states[source][rows].float(), model.settings, torch.Generator().manual_seed(config.seed))
+            model.target_scale.copy_(variance.sqrt().clamp_min(1e-6))
+        codes, counts = start(acts.states[source], model.settings, torch.Generator().manual_seed(config.seed), rows)
         model.quantizer.start(codes.to(device), counts.to(device))
         best = {k: v.clone() for k, v in model.state_dict().items()}
         result = evaluate(model, acts, held, config)
@@ -2075,8 +2100,7 @@ class Concepts:
     def assign(self, states: Float[Tensor, "N D"], rows: int = 16384) -> Int[Tensor, "N"]:
         """The concept of each state of layer `reads`."""
         scores: Any = self.scores
-        blocks = (block.float() for block in states.split(rows))
-        return torch.cat([scores(block).argmax(1) if scores else nearest(block, self.vectors)[0] for block in blocks])
+        return torch.cat([scores(block).argmax(1) if scores else nearest(block, self.vectors)[0] for block in blocks(states, size=rows)])
 
 
 def ward(x: Float[Tensor, "N D"], k: int, points: int, generator: torch.Generator) -> Float[Tensor, "K D"]:
@@ -2087,7 +2111,7 @@ def ward(x: Float[Tensor, "N D"], k: int, points: int, generator: torch.Generato
     """
     from sklearn.cluster import AgglomerativeClustering
 
-    x = x[torch.randperm(len(x), generator=generator)[:points]]
+    x = x[torch.randperm(len(x), generator=generator)[:points]].float()
     began, tenth = time.perf_counter(), max(2, len(x) // 10)
     AgglomerativeClustering(2, linkage="ward").fit(x[:tenth].numpy())
     seconds = (time.perf_counter() - began) * (len(x) / tenth) ** 2
@@ -2104,17 +2128,15 @@ def clusters(acts: Activations, layer: int, how: Literal["ward", "kmeans++", "sp
 
     ``ward`` as above; ``kmeans++``; ``spherical``, which is where CLVQ-VAE starts (equation 2); ``random`` training states.
     """
-    x, generator = acts.states[layer].float(), torch.Generator().manual_seed(config.seed)
+    states, generator, k = acts.states[layer], torch.Generator().manual_seed(config.seed), config.n_codes
     if how == "ward":
-        if (points := min(len(x), config.cluster_points)) < config.n_codes:
-            raise ValueError(f"n_codes={config.n_codes} is more than the {points} points that Ward clusters: raise cluster_points")
-        return Concepts(CLUSTERS[how], layer, ward(x, config.n_codes, points, generator))
-    iterations, some, began = 1 if how == "random" else config.start_iterations, x[:4096], time.perf_counter()
-    nearest(some, some[:config.n_codes])
-    seconds = (time.perf_counter() - began) * len(x) / len(some) * iterations
-    tqdm.write(f"{CLUSTERS[how]} of {len(x):,} states: {x.numel() * 8 / 2**30:.1f} GiB, at most {iterations} iterations, "
-               f"about {seconds:.0f} s and the choice of first centres", file=sys.stderr)
-    return Concepts(CLUSTERS[how], layer, start_codebook(x, replace(config.subset(ModelSettings), start=how), generator)[0])
+        if (points := min(len(states), config.cluster_points)) < k:
+            raise ValueError(f"n_codes={k} is more than the {points} points that Ward clusters: raise cluster_points")
+        return Concepts(CLUSTERS[how], layer, ward(states, k, points, generator))
+    n, width = min(len(states), POINTS * k), states.shape[1]
+    if how != "random":
+        announce(f"{CLUSTERS[how]} of {n:,} states", 2 * n * k * width * (config.start_iterations + 2 + math.log(k)), 8 * n * width)
+    return Concepts(CLUSTERS[how], layer, start_codebook(states, replace(config.subset(ModelSettings), start=how), generator)[0])
 
 
 class SparseAutoencoder(nn.Module):
@@ -2139,8 +2161,9 @@ class SparseAutoencoder(nn.Module):
     def standardize(self, x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"]) -> None:
         """Take means and scales from these states."""
         for mean, scale, states in ((self.mean, self.scale, x), (self.target_mean, self.target_scale, y)):
-            mean.copy_(states.mean(0))
-            scale.copy_((states - mean).square().mean().sqrt())
+            own, variance = moments(states)
+            mean.copy_(own)
+            scale.copy_(variance.mean().sqrt())
 
     def activations(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N H"]:
         """f, how active each neuron is for a source state."""
@@ -2163,9 +2186,9 @@ SAES = ((2048, False), (4096, False), (2048, True))
 
 def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: int, config: Config) -> SparseAutoencoder:
     """A trained cross-layer sparse autoencoder: Adam, decoder rows brought back to unit length after each step."""
-    x, y = (acts.states[layer].float() for layer in layers)
-    announce(f"training an SAE of {neurons:,} neurons on {len(x):,} states", 6 * x.numel() * 2 * neurons * config.sae_epochs,
-             (x.numel() + y.numel()) * 4)
+    x, y = (acts.states[layer] for layer in layers)
+    weights = neurons * (x.shape[1] + y.shape[1])
+    announce(f"training an SAE of {neurons:,} neurons on {len(x):,} states", 6 * len(x) * weights * config.sae_epochs, 16 * weights)
     device, generator = best_device(), torch.Generator().manual_seed(config.seed)
     with seeded(config.seed, neurons):
         sae = SparseAutoencoder(x.shape[1], y.shape[1], neurons, top_k)
@@ -2175,7 +2198,8 @@ def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: i
     for epoch in tqdm(range(config.sae_epochs), desc=f"training SAE {neurons}", unit="epoch"):
         for batch in torch.randperm(len(x), generator=generator).split(config.sae_batch):
             with autocast(device, config.precision):
-                loss, _, _ = sae.loss(x[batch].to(device), y[batch].to(device), 0.0 if top_k else config.sae_l1)
+                source, wanted = (states[batch].to(device).float() for states in (x, y))
+                loss, _, _ = sae.loss(source, wanted, 0.0 if top_k else config.sae_l1)
             check_finite(loss.item(), epoch, config)
             optimizer.zero_grad()
             loss.backward()
@@ -2193,7 +2217,7 @@ def sae_facts(sae: SparseAutoencoder, acts: Activations, layers: tuple[int, int]
         _, mse, f = sae.loss(x.float(), y.float(), 0.0)
         error, active, fired = error + float(mse) * len(x), active + float((f > 0).sum()), fired | (f > 0).any(0)
     n = len(acts.states[layers[0]])
-    variance = acts.states[layers[1]].float().var(0, unbiased=False).mean() / sae.target_scale.square()
+    variance = moments(acts.states[layers[1]])[1].mean() / sae.target_scale.square()
     return {"variance_explained": 1 - error / n / float(variance), "l0": active / n, "dead": 1 - float(fired.float().mean())}
 
 
@@ -2211,14 +2235,14 @@ def unlearned(acts: Activations, labels: Int[Tensor, "S"], layer: int, config: C
     """Concepts that nobody had to learn. Random codes: Gaussian with the states' own mean and deviations. Principal components: of all
     training states; a state has the one it deviates along most, in standard deviations. Class means: the difference
     of each class's mean summary state from that of the others, a supervised ceiling; a state has the one it points to most."""
-    x, generator = acts.states[layer].float(), torch.Generator().manual_seed(config.seed)
-    deviation, mean = torch.std_mean(x, 0)
-    values, vectors = torch.linalg.eigh(torch.cov(x.T))
+    states, generator = acts.states[layer], torch.Generator().manual_seed(config.seed)
+    mean, covariance = (part.float() for part in moments(states, covariance=True))
+    values, vectors = torch.linalg.eigh(covariance)
     vectors, sd = vectors.flip(1)[:, :config.n_codes], values.flip(0)[:config.n_codes].clamp_min(1e-12).sqrt()          # (D, K)
-    h = x[acts.summary_rows]
+    h = states[acts.summary_rows].float()
     classes = torch.stack([h[labels == c].mean(0) - h[labels != c].mean(0) for c in range(int(labels.max()) + 1)])      # (C, D)
     return [
-        Concepts("random codes", layer, mean + deviation * torch.randn(config.n_codes, x.shape[1], generator=generator)),
+        Concepts("random codes", layer, mean + covariance.diagonal().sqrt() * torch.randn(config.n_codes, len(mean), generator=generator)),
         Concepts("principal components", layer, vectors.T.contiguous(), directions=True,
                  scores=lambda states: ((states - mean) @ vectors / sd).abs()),
         Concepts("class means", layer, classes, directions=True, scores=lambda states: (states - mean) @ F.normalize(classes, dim=1).T),
@@ -2550,7 +2574,7 @@ def explorer(table: pd.DataFrame, about: str) -> str:
                  "Effect on the model's answer": effect, "Comes back with other seeds": steady}
         details[str(row["concept"])] = {"facts": facts, "examples": list(row["examples"]), "near": list(map(int, row["near"]))}
     packed = json.dumps(details, ensure_ascii=False).replace("<", "\\u003c")
-    said = {"searchBuilder": {"title": {"0": "Filters", "_": "Filters (%d)"}, "add": "Add a filter"}, "lengthMenu": "_MENU_ a page"}
+    said: Any = {"searchBuilder": {"title": {"0": "Filters", "_": "Filters (%d)"}, "add": "Add a filter"}, "lengthMenu": "_MENU_ a page"}
     grid = itables.to_html_datatable(shown.astype(object).where(shown.notna(), ""), table_id="concepts", connected=False, showIndex=False,
                                      layout={"top1": "searchBuilder"}, maxBytes=0, classes="display compact", language=said)
     return (f"<p>{html.escape(about)}</p><script>{plotly.offline.get_plotlyjs()}</script>"
@@ -3656,16 +3680,15 @@ class Pipeline:
         settings = self.config.subset(ActivationSettings)
         return [*self.inputs(getattr(self, split)), replace(settings, source_layer=None, target_layer=None, all_layers=False)]
 
-    def started(self, layer: int, x: Float[Tensor, "N D"] | None = None) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
-        """The codes that trainings from a layer's states begin with, and how many states each has; `start_codebook`. ``x`` are the states
-        that are trained on, where they are at hand."""
+    def started(self, layer: int) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
+        """The codes that trainings from a layer's states begin with, and how many states each has; `start_codebook`."""
         from safetensors.torch import load_file, save_file
 
         config, acts = self.config, self.activations("train")
 
         def build(partial: Path) -> None:
-            states = x if x is not None else acts.states[layer][acts.rows(split_sentences(acts, config)[0])].float()
-            codes, counts = start_codebook(states, config.subset(ModelSettings), torch.Generator().manual_seed(config.seed))
+            rows, generator = acts.rows(split_sentences(acts, config)[0]), torch.Generator().manual_seed(config.seed)
+            codes, counts = start_codebook(acts.states[layer], config.subset(ModelSettings), generator, rows)
             save_file({"codes": codes.contiguous(), "counts": counts}, partial / "start.safetensors")
 
         own = [layer, config.n_codes, config.start, config.start_iterations]
@@ -3680,7 +3703,7 @@ class Pipeline:
 
         def build(partial: Path) -> None:
             acts = self.activations("train")
-            model, history = train(acts, config, layers, partial, lambda x, *_: self.started(layers[0], x))
+            model, history = train(acts, config, layers, partial, lambda *_: self.started(layers[0]))
             model.save_pretrained(partial)
             history.to_parquet(partial / "metrics.parquet")
             (partial / "settings.json").write_text(config.to_json(), "utf8")

@@ -381,3 +381,16 @@ def test_fine_tuning_depends_on_the_data_seed_alone_and_the_global_state_stays()
     pd.testing.assert_frame_equal(history, again)
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     assert not all(torch.equal(weights[name], other[name]) for name in weights)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40_000])
+def test_moments_are_those_of_all_rows_whatever_the_blocks_and_do_not_cancel(n):
+    x = (300 + torch.randn(n, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 1.0, 9.0])).half()
+    exact = x.double()
+    for rows in (None, torch.arange(0, n, 2)):
+        own = exact if rows is None else exact[rows]
+        mean, variance = clvq.moments(x, rows)
+        torch.testing.assert_close(mean, own.mean(0), rtol=1e-12, atol=0)
+        torch.testing.assert_close(variance, own.var(0, unbiased=False), rtol=1e-9, atol=1e-12)
+        whole = clvq.moments(x, rows, covariance=True)[1]
+        torch.testing.assert_close(whole, torch.einsum("nd,ne->de", own - own.mean(0), own - own.mean(0)) / len(own), rtol=1e-9, atol=1e-9)

@@ -24,7 +24,7 @@ def build(acts: clvq.Activations, **chosen) -> clvq.CLVQVAE:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = clvq.CLVQVAE(WIDTH, WIDTH, 0, 1, "synthetic", settings)
-    model.quantizer.start(*clvq.start_codebook(acts.states[0].float(), settings, torch.Generator().manual_seed(0)))
+    model.quantizer.start(*clvq.start_codebook(acts.states[0], settings, torch.Generator().manual_seed(0)))
     model.target_mean.copy_(acts.states[1].float().mean(0))
     model.target_scale.copy_(acts.states[1].float().std(0))
     return model.eval()

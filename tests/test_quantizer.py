@@ -357,3 +357,24 @@ def test_the_start_depends_on_the_seed_alone(start):
     x, settings = clusters(500), model_settings(n_codes=20, start=start)
     first, again, other = (clvq.start_codebook(x, settings, seed(number))[0] for number in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("start", ["spherical", "kmeans++", "random"])
+def test_the_start_of_some_rows_is_that_of_these_rows_alone(start):
+    x, settings = clusters(400), model_settings(n_codes=10, start=start)
+    rows = torch.arange(0, 400, 2)
+    found, expected = clvq.start_codebook(x.half(), settings, seed(), rows), clvq.start_codebook(x.half()[rows], settings, seed())
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)) and found[1].sum() == 200
+
+
+def test_codes_are_learned_from_so_many_states_a_code_and_counted_over_all(monkeypatch):
+    x, settings = clusters(2000), model_settings(n_codes=20, start="spherical")
+    whole = clvq.start_codebook(x, settings, seed())[0]
+    seen = []
+    kmeans = clvq.kmeans
+    monkeypatch.setattr(clvq, "kmeans", lambda rows, *given: (seen.append(len(rows)), kmeans(rows, *given))[1])
+    monkeypatch.setattr(clvq, "POINTS", 30)
+    codes, counts = clvq.start_codebook(x, settings, seed())
+    assert seen == [600] and counts.sum() == 2000
+    cosine = [(F.normalize(x) @ F.normalize(part).T).amax(1).mean() for part in (codes, whole)]
+    assert cosine[0] > 0.97 * cosine[1]
