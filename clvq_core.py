@@ -55,6 +55,7 @@ import time
 import traceback
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache
@@ -302,6 +303,8 @@ class TrainSettings(Settings):
     """Share of the sentences not held out that is trained on, a choice by seed."""
     validation_share: Part = 0.1
     """Share of the sentences held out to watch the loss."""
+    read_together: Count = 1
+    """Consecutive sentences that stay together where training shuffles; with 64 or so, states that are more than memory are read fast."""
     precision: Precision = "auto"
     """As above; the quantiser is always float32."""
     seed: int = 42
@@ -1155,12 +1158,20 @@ def predict(lm: LanguageModel, encoded: Encoded, config: Config) -> Float[Tensor
     return logits
 
 
-def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator) -> list[Int[Tensor, "B"]]:
-    """Shuffled batches of ``size`` sentences that are alike in length: sorted within pools of 16 batches, so that little is padding."""
-    order = torch.randperm(len(lengths), generator=generator)
-    batches = [pool[lengths[pool].argsort(stable=True)].split(size) for pool in order.split(16 * size)]
-    flat = [batch for pool in batches for batch in pool]
-    return [flat[i] for i in torch.randperm(len(flat), generator=generator)]
+def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator, together: int = 1) -> list[Int[Tensor, "B"]]:
+    """Shuffled batches of ``size`` sentences that are alike in length: sorted within pools of `POOL` batches, so that little is padding.
+    ``together`` consecutive sentences stay in one pool, so that a pool lies in few stretches of what is on disk."""
+    stretches = torch.arange(len(lengths)).split(together)
+    order = torch.cat([stretches[i] for i in torch.randperm(len(stretches), generator=generator)])
+    batches = []
+    for pool in order.split(POOL * size):
+        alike = pool[lengths[pool].argsort(stable=True)].split(size)
+        batches += [alike[i] for i in torch.randperm(len(alike), generator=generator)]
+    return batches
+
+
+POOL = 16
+"""Batches that are sorted by length together, and read together."""
 
 
 def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], config: Config) -> pd.DataFrame:
@@ -1342,11 +1353,27 @@ class Activations:
         rows, mask = pad_rows(self.offsets, sentences)
         return rows[mask]
 
-    def batch(self, sentences: Int[Tensor, "B"], layers: Sequence[int],
-              device: torch.device) -> tuple[list[Float[Tensor, "N D"]], Int[Tensor, "B"]]:
-        """Each layer's states of these sentences in float32, one sentence after the other without padding, and their lengths."""
-        rows = self.rows(sentences)
-        return [self.states[layer][rows].to(device).float() for layer in layers], self.lengths[sentences]
+    def stream(self, batches: Sequence[Int[Tensor, "B"]], layers: Sequence[int],
+               device: torch.device) -> Iterator[tuple[list[Float[Tensor, "N D"]], Int[Tensor, "B"]]]:
+        """For each batch of sentences: their states of each layer in float32, one sentence after the other without padding, and their
+        lengths. `POOL` batches are read at once, in the order of the disk, while those before are computed on."""
+
+        def read(pool: Sequence[Int[Tensor, "B"]]) -> tuple[list[Tensor], Int[Tensor, "s"]]:
+            sentences = torch.cat(list(pool)).sort().values
+            states = [self.states[layer][self.rows(sentences)] for layer in layers]
+            return [part.pin_memory() if device.type == "cuda" else part for part in states], sentences
+
+        pools = [batches[i:i + POOL] for i in range(0, len(batches), POOL)]
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(read, pools[0]) if pools else None
+            for i, pool in enumerate(pools):
+                states, sentences = coming.result()                                         # type: ignore[union-attr]
+                coming = reader.submit(read, pools[i + 1]) if i + 1 < len(pools) else None
+                offsets = F.pad(self.lengths[sentences].cumsum(0), (1, 0))
+                for batch in pool:
+                    rows, mask = pad_rows(offsets, torch.searchsorted(sentences, batch))
+                    parts = [part[rows[mask]].to(device, non_blocking=True).float() for part in states]
+                    yield parts, self.lengths[batch]
 
     @classmethod
     def load(cls, folder: Path) -> Activations:
@@ -1880,8 +1907,7 @@ def evaluate(model: CLVQVAE, acts: Activations, sentences: Int[Tensor, "S"], con
     model.eval()
     sums: dict[str, Any] = dict.fromkeys(("loss", "mse", "error", "square", "deviation"), torch.zeros((), dtype=torch.float64))
     counts, per_batch = torch.zeros(len(model.vectors), dtype=torch.long), []
-    for batch in sentences.split(config.batch_sentences):
-        (x, y), lengths = acts.batch(batch, (model.layer, model.target_layer), device)
+    for (x, y), lengths in acts.stream(sentences.split(config.batch_sentences), (model.layer, model.target_layer), device):
         with autocast(device, config.precision):
             out = model(x, lengths)
         used = out.quantized.codes.cpu().bincount(minlength=len(counts))
@@ -1943,8 +1969,8 @@ def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, 
     order = torch.Generator().manual_seed(int(hash_text(config.seed, epoch)[:15], 16))
     model.train()
     with seeded(config.seed, epoch):
-        for batch in bucketed_batches(acts.lengths[sentences], config.batch_sentences, order):
-            (x, y), lengths = acts.batch(sentences[batch], (model.layer, model.target_layer), device)
+        batches = bucketed_batches(acts.lengths[sentences], config.batch_sentences, order, config.read_together)
+        for (x, y), lengths in acts.stream([sentences[batch] for batch in batches], (model.layer, model.target_layer), device):
             with autocast(device, config.precision):
                 out = model(x, lengths)
             loss, error = model.loss(out, y)

@@ -265,7 +265,7 @@ def test_loaded_states_are_those_that_were_extracted(minilm, tmp_path):
 
 def test_a_batch_of_states_has_each_sentences_rows_one_after_the_other(tiny_acts):
     sentences = torch.tensor([7, 2, 30])
-    states, lengths = tiny_acts.batch(sentences, [0, 1], torch.device("cpu"))
+    states, lengths = next(tiny_acts.stream([sentences], [0, 1], torch.device("cpu")))
     assert torch.equal(lengths, tiny_acts.lengths[sentences]) and len(lengths.unique()) > 1
     for layer, rows in zip((0, 1), states, strict=True):
         assert rows.dtype == torch.float32
@@ -394,3 +394,30 @@ def test_moments_are_those_of_all_rows_whatever_the_blocks_and_do_not_cancel(n):
         torch.testing.assert_close(variance, own.var(0, unbiased=False), rtol=1e-9, atol=1e-12)
         whole = clvq.moments(x, rows, covariance=True)[1]
         torch.testing.assert_close(whole, torch.einsum("nd,ne->de", own - own.mean(0), own - own.mean(0)) / len(own), rtol=1e-9, atol=1e-9)
+
+
+def test_a_stream_of_batches_gives_each_its_own_rows_over_many_pools(tiny_acts):
+    draw = torch.Generator().manual_seed(0)
+    batches = list(torch.randperm(len(tiny_acts.lengths), generator=draw).split(1))
+    assert len(batches) > 2 * clvq.POOL
+    streamed = tiny_acts.stream(batches, [1, 0], torch.device("cpu"))
+    for batch, (states, lengths) in zip(batches, streamed, strict=True):
+        assert torch.equal(lengths, tiny_acts.lengths[batch])
+        rows = torch.cat([torch.arange(tiny_acts.offsets[s], tiny_acts.offsets[s + 1]) for s in batch])
+        for layer, part in zip((1, 0), states, strict=True):
+            assert torch.equal(part, tiny_acts.states[layer][rows].float())
+    assert list(tiny_acts.stream([], [0], torch.device("cpu"))) == []
+
+
+@pytest.mark.parametrize("together", [1, 8, 1000])
+def test_batches_have_every_sentence_once_and_neighbours_are_read_together(together):
+    lengths = torch.randint(1, 60, (1000,), generator=torch.Generator().manual_seed(0))
+    first, other = (clvq.bucketed_batches(lengths, 4, torch.Generator().manual_seed(seed), together) for seed in (0, 1))
+    assert torch.equal(torch.cat(first).sort().values, torch.arange(1000)) and all(len(batch) <= 4 for batch in first)
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    size = 4 * clvq.POOL
+    pool = torch.cat(first)[:size].sort().values  # the first pool as it is read
+    stretches = 1 + int((pool.diff() > 1).sum())
+    assert stretches <= size // together + 1 if together > 1 else stretches > size // 2
+    padded = sum(int(lengths[batch].max()) * len(batch) for batch in first)
+    assert padded < 1.15 * int(lengths.sum())

@@ -33,7 +33,7 @@ def build(acts: clvq.Activations, **chosen) -> clvq.CLVQVAE:
 @pytest.fixture(scope="module")
 def batch(tiny_acts):
     """Source states of eight sentences of unlike length, one after the other, and the lengths."""
-    (x,), lengths = tiny_acts.batch(torch.arange(8), [0], torch.device("cpu"))
+    (x,), lengths = next(tiny_acts.stream([torch.arange(8)], [0], torch.device("cpu")))
     assert len(lengths.unique()) > 2 and len(x) == lengths.sum()
     return x, lengths
 
@@ -225,7 +225,7 @@ def test_with_quantised_memory_nothing_passes_around_the_codes(tiny_acts, batch)
 
 def test_the_loss_is_the_error_in_standard_deviations_plus_beta_times_the_commitment(tiny_acts, batch):
     x, lengths = batch
-    (y,), _ = tiny_acts.batch(torch.arange(8), [1], torch.device("cpu"))
+    (y,), _ = next(tiny_acts.stream([torch.arange(8)], [1], torch.device("cpu")))
     model = build(tiny_acts, commitment=0.3)
     out = model(x, lengths)
     mean, scale = tiny_acts.states[1].float().mean(0), tiny_acts.states[1].float().std(0)

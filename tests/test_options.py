@@ -59,7 +59,7 @@ def exact_distances(x: torch.Tensor, y: torch.Tensor, distance: str) -> torch.Te
 @pytest.fixture(scope="module")
 def batch(tiny_acts):
     """Source states of eight sentences of unlike length, one after the other, and the lengths."""
-    (x,), lengths = tiny_acts.batch(torch.arange(8), [0], torch.device("cpu"))
+    (x,), lengths = next(tiny_acts.stream([torch.arange(8)], [0], torch.device("cpu")))
     assert len(lengths.unique()) > 2 and len(x) == lengths.sum()
     return x, lengths
 
@@ -208,7 +208,7 @@ def test_euclidean_distance_spreads_the_draws_over_more_codes(synthetic):
 def test_assignment_forward_pass_and_evaluation_take_the_same_codes(tiny_acts, tiny_config, distance):
     model = build(tiny_acts, distance=distance)
     model.quantizer.codebook.mul_(torch.linspace(0.2, 2, 12)[:, None])  # lengths differ, so that the distances disagree
-    (x,), lengths = tiny_acts.batch(torch.arange(60), [0], torch.device("cpu"))
+    (x,), lengths = next(tiny_acts.stream([torch.arange(60)], [0], torch.device("cpu")))
     codes = model.assign(tiny_acts.states[0])
     assert torch.equal(codes, model(x, lengths).quantized.codes)
     assert torch.equal(codes, exact_distances(model.encoder(tiny_acts.states[0].float()), model.vectors, distance).argmin(1))

@@ -236,13 +236,13 @@ def test_a_batch_gives_the_codes_losses_and_averages_of_its_sentences_one_by_one
     with torch.random.fork_rng():
         batched, single = fresh(), fresh()
     sentences = torch.arange(20)
-    (x, y), lengths = tiny_acts.batch(sentences, [0, 1], torch.device("cpu"))
+    (x, y), lengths = next(tiny_acts.stream([sentences], [0, 1], torch.device("cpu")))
     assert len(lengths.unique()) > 1
     out = batched(x, lengths)
     loss, error = batched.loss(out, y)
     parts, total = [], torch.zeros(2)
     for s in sentences:
-        (x1, y1), length = tiny_acts.batch(s[None], [0, 1], torch.device("cpu"))
+        (x1, y1), length = next(tiny_acts.stream([s[None]], [0, 1], torch.device("cpu")))
         one = single(x1, length)
         parts.append(one)
         total += torch.stack(single.loss(one, y1)).detach() * len(x1)

@@ -237,7 +237,7 @@ def test_no_figure_but_the_batch_perplexity_depends_on_the_batches(tiny_acts, ti
 
 def test_evaluation_gives_the_variance_explained_and_the_perplexity_of_all_positions_at_once(tiny_acts, tiny_config, trained):
     model, sentences = trained[0], torch.arange(5, 40)
-    (x, y), lengths = tiny_acts.batch(sentences, LAYERS, torch.device("cpu"))
+    (x, y), lengths = next(tiny_acts.stream([sentences], LAYERS, torch.device("cpu")))
     with torch.no_grad():
         out = model(x, lengths)
         loss, mse = model.loss(out, y)
