@@ -520,6 +520,23 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def ranks() -> tuple[int, int]:
+    """Which of how many processes that train together this is; (0, 1) where it trains alone. They are started by ``accelerate launch``."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState()                                                                      # chooses device and backend
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+
+
+def sum_over_ranks(*tensors: Tensor) -> None:
+    """Each becomes its sum over the processes that train together."""
+    if ranks()[1] > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+
 @cache
 def speed() -> float:
     """How many floating-point operations a second training reaches here, about: half of what a product of two matrices does."""
@@ -1667,7 +1684,7 @@ class Quantizer(nn.Module):
         near, codes = self.distances(z).topk(self.settings.top_k, dim=1, largest=False)     # (N, k)
         if self.settings.top_k == 1:
             return codes[:, 0]
-        chances = torch.softmax(-near / self.settings.temperature, dim=1)
+        chances = torch.softmax(-near / self.settings.temperature, dim=1).nan_to_num(1.0)  # a loss that is not finite is told of later
         return codes.gather(1, torch.multinomial(chances, 1, generator=generator))[:, 0]
 
     def forward(self, z: Float[Tensor, "N D"], generator: torch.Generator | None = None) -> Quantized:
@@ -1683,12 +1700,16 @@ class Quantizer(nn.Module):
         """One step of the moving averages towards the states assigned to each code; after the loss, whose codes it changes."""
         z = z.float()
         decay = self.settings.ema_decay
-        batch = codes.bincount(minlength=len(self.counts)).to(z.dtype)
+        batch = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(z[:, 0]))       # bincount would wait for the device
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
+        sum_over_ranks(batch, sums)
         self.counts.lerp_(batch, 1 - decay)
-        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, z), 1 - decay)
+        self.sums.lerp_(sums, 1 - decay)
         if least := self.settings.replace_dead:
             dead = self.counts < least
             fresh = z[torch.randint(len(z), (len(dead),), device=z.device)]
+            if ranks()[1] > 1:
+                torch.distributed.broadcast(fresh, 0)
             self.sums.copy_(torch.where(dead[:, None], fresh * least, self.sums))
             self.counts.clamp_min_(least)
         self.codebook.copy_(self.sums / self.smoothed()[:, None])
@@ -1963,28 +1984,45 @@ def check_finite(loss: float, epoch: int, config: Config) -> None:
 
 def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, sentences: Int[Tensor, "S"], config: Config,
                 epoch: int) -> dict[str, float]:
-    """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over states, and how many codes were drawn."""
-    device, total, positions = model.vectors.device, torch.zeros(2, dtype=torch.float64), 0
-    used = torch.zeros(len(model.vectors), dtype=torch.bool, device=device)
+    """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over states, and how many codes were drawn.
+
+    Processes that train together share out the sentences of each batch (one of fewer sentences than processes is left out), and take
+    the step and the averages of the whole batch. FloatingPointError if the loss is not finite.
+    """
+    (rank, world), device = ranks(), model.vectors.device
+    total = torch.zeros(3, dtype=torch.float64, device=device)                              # loss, error, states
+    used = torch.zeros(len(model.vectors), device=device)
     order = torch.Generator().manual_seed(int(hash_text(config.seed, epoch)[:15], 16))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
-    with seeded(config.seed, epoch):
+    with seeded(config.seed, epoch, *([rank] if rank else [])):
         batches = bucketed_batches(acts.lengths[sentences], config.batch_sentences, order, config.read_together)
-        for (x, y), lengths in acts.stream([sentences[batch] for batch in batches], (model.layer, model.target_layer), device):
+        own = [sentences[batch[rank::world]] for batch in batches if len(batch) >= world]
+        for (x, y), lengths in acts.stream(own, (model.layer, model.target_layer), device):
             with autocast(device, config.precision):
                 out = model(x, lengths)
             loss, error = model.loss(out, y)
-            check_finite(loss.item(), epoch, config)
             optimizer.zero_grad()
-            loss.backward()
+            if world > 1:
+                states = torch.tensor(len(x), device=device)
+                sum_over_ranks(states)
+                (loss * len(x) / states).backward()
+                gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
+                flat = nn.utils.parameters_to_vector(gradients)
+                sum_over_ranks(flat)
+                nn.utils.vector_to_parameters(flat, gradients)
+            else:
+                loss.backward()
             if config.clip_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+                nn.utils.clip_grad_norm_(trainable, config.clip_norm)
             optimizer.step()
             model.quantizer.update(out.encoded.detach(), out.quantized.codes)
-            used[out.quantized.codes] = True
-            total += torch.tensor([loss.item() * len(x), error.item() * len(x)], dtype=torch.float64)
-            positions += len(x)
-    return {"train_loss": float(total[0]) / positions, "train_mse": float(total[1]) / positions, "train_codes_used": int(used.sum())}
+            used[out.quantized.codes] = 1
+            total += torch.stack([loss.detach() * len(x), error.detach() * len(x), loss.new_tensor(len(x))])
+    sum_over_ranks(total, used)
+    check_finite(float(total[0]), epoch, config)
+    mean_loss, mean_error = (total[:2] / total[2]).tolist()
+    return {"train_loss": mean_loss, "train_mse": mean_error, "train_codes_used": int((used > 0).sum())}
 
 
 def split_sentences(acts: Activations, config: TrainSettings) -> tuple[Int[Tensor, "S1"], Int[Tensor, "S2"]]:
@@ -2035,7 +2073,8 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
     operations = len(rows) * left * (6 * weights + 2 * model.vectors.numel())
     announce(f"training on {len(acts.tokens):,} states, at most {left} epochs", operations,
              4 * (acts.states[source].numel() + acts.states[target].numel()) + 16 * weights, 16 * weights)
-    bar = tqdm(total=config.epochs, initial=record["epoch"], desc="training CLVQ-VAE", unit="epoch")
+    rank, _ = ranks()
+    bar = tqdm(total=config.epochs, initial=record["epoch"], desc="training CLVQ-VAE", unit="epoch", disable=rank > 0)
     while record["epoch"] < config.epochs and record["waited"] < config.stop_patience:
         epoch, began = record["epoch"] + 1, time.perf_counter()
         loss = train_epoch(model, optimizer, acts, kept, config, epoch)
@@ -2050,7 +2089,7 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
                                   "alpha": model.encoder.alpha.item(), "learning_rate": optimizer.param_groups[0]["lr"],
                                   "seconds": time.perf_counter() - began})
         record.update(epoch=epoch, plateau=plateau.state_dict(), learning_rate=optimizer.param_groups[0]["lr"])
-        if checkpoint:
+        if checkpoint and rank == 0:
             save_checkpoint(checkpoint, model, optimizer, best, record)
         bar.update()
         bar.set_postfix(explained=f"{result['variance_explained']:.3f}", codes=result["codes_used"])
@@ -3736,6 +3775,9 @@ class Pipeline:
             (partial / "checkpoint.safetensors").unlink(missing_ok=True)
 
         settings = [config.subset(ModelSettings), config.subset(TrainSettings), layers]
+        if not self.only_kept and ranks()[0] and not self.has("train_folder", layers):  # the first process keeps what all train
+            with tempfile.TemporaryDirectory() as elsewhere:
+                build(Path(elsewhere))
         return self.step("clvqvae", build, ["train", "extract"], *self.states_inputs(), settings)
 
     def trained(self, layers: tuple[int, int]) -> CLVQVAE:
