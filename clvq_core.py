@@ -2573,6 +2573,8 @@ def codebook_map(vectors: Float[Tensor, "K D"], seed: int = 42) -> Float[np.ndar
     return TSNE(metric="cosine", init="random", perplexity=min(30.0, (len(x) - 1) / 3), random_state=seed).fit_transform(x)
 
 
+PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")
+"""Colours that can be told apart on light and dark ground, by colour-blind people too: seaborn's "colorblind"."""
 OPEN_CONCEPT = """
 const details = JSON.parse(document.getElementById("details").textContent), where = document.getElementById("concept");
 const add = (parent, tag, content) => parent.appendChild(Object.assign(document.createElement(tag), {textContent: content}));
@@ -2596,7 +2598,7 @@ function show(concept) {
     location.replace("#concept-" + concept);
     where.scrollIntoView({block: "nearest"});
 }
-document.getElementById("map").on("plotly_click", event => show(event.points[0].customdata));
+document.getElementById("map").on("plotly_click", event => show(event.points[0].customdata[0]));
 const chosen = event => { const row = event.target.closest("tbody tr"); if (row) show(row.cells[0].textContent); };
 const table = document.getElementById("concepts");
 table.addEventListener("click", chosen);
@@ -2626,7 +2628,7 @@ def explorer(table: pd.DataFrame, about: str) -> str:
     points = table.assign(size=np.sqrt(table["states"]), words=shown["words"].map(html.escape))
     figure = px.scatter(points, x="x", y="y", color="class", size="size", size_max=18, hover_name="words", custom_data=["concept"],
                         hover_data={"x": False, "y": False, "size": False, "effect": True, "states": True}, opacity=0.7,
-                        template="none", color_discrete_sequence=PALETTE)
+                        template="none", color_discrete_sequence=PALETTE, render_mode="svg")            # WebGL is not everywhere
     figure.update_xaxes(visible=False).update_yaxes(visible=False)
     figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", margin=dict(l=0, r=0, t=0, b=0), height=480,
                          font_color="#7f7f7f", legend=dict(orientation="h"))
@@ -2647,10 +2649,6 @@ def explorer(table: pd.DataFrame, about: str) -> str:
             '<section id="concept" aria-live="polite"><p>Choose a point of the map, or a row of the table (Enter opens it).</p></section>'
             f"{generate_init_offline_itables_html(itables.options.dt_bundle)}{grid}"
             f'<script type="application/json" id="details">{packed}</script><script>{OPEN_CONCEPT}</script>')
-
-
-PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")
-"""Colours that can be told apart on light and dark ground, by colour-blind people too: seaborn's "colorblind"."""
 
 
 def cloud_font(words: Iterable[str]) -> str:
@@ -3225,19 +3223,23 @@ def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tok
                         flipped=(changed.argmax(1) != choice[:, 0]).numpy())
 
 
-def agreement(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K"]:
-    """How far each code stands for the same positions as one of another codebook: the largest share, among positions that have either
-    of the two, of those that have both (Jaccard). 0 for a code without positions."""
+def overlaps(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K K"]:
+    """Of each code and each of another codebook: the share, among positions that have either of the two, of those that have both
+    (Jaccard). 0 for a code without positions."""
     both = torch.bincount(codes * n_codes + others, minlength=n_codes**2).view(n_codes, n_codes).double()
-    return (both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp_min(1)).amax(1)
+    return both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp_min(1)
+
+
+def agreement(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K"]:
+    """How far each code stands for the same positions as one of another codebook: the largest of its `overlaps`."""
+    return overlaps(codes, others, n_codes).amax(1)
 
 
 def matched(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K"]:
     """`agreement`, if each code is matched with one of the other codebook and no two with the same, as well as can be (Hungarian)."""
     from scipy.optimize import linear_sum_assignment
 
-    both = torch.bincount(codes * n_codes + others, minlength=n_codes**2).view(n_codes, n_codes).double()
-    shares = both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp_min(1)
+    shares = overlaps(codes, others, n_codes)
     return shares[linear_sum_assignment(shares.numpy(), maximize=True)]
 
 
@@ -4516,7 +4518,7 @@ def balanced_sample(kinds: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 
 def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentences: int = 19, seed: int = 42, n_words: int = 20) -> Path:
-    """The paper's human evaluation (section 4.2) as a folder: what raters may see and, apart from it, what they must not.
+    """The paper's human evaluation (section 4.3) as a folder: what raters may see and, apart from it, what they must not.
 
     For each sentence, sampled evenly over TP, TN, FP and FN, and each method an item: the words of the training text that have the
     concept of the sentence's most salient position, with their counts. ``study.json`` has classes and items under random names;
@@ -4764,11 +4766,13 @@ class RatingPage:
             self.show_welcome()
 
     def button(self, text: str, act: Callable[[], None], style: str = "primary", **options: Any) -> Any:
+        """A button that does one thing."""
         found = self.widgets.Button(description=text, button_style=style, **options)
         found.on_click(lambda _: act())
         return found
 
     def show_welcome(self) -> None:
+        """Consent and instructions."""
         agree = self.widgets.Checkbox(description="I take part of my own will. My answers are kept without my name.", indent=False,
                                       layout={"width": "auto"})
         begin = self.button("Begin", self.begin, disabled=True)
@@ -4780,6 +4784,7 @@ class RatingPage:
             "<p>You may stop at any time. Keep the address of this page to go on later.</p>"), agree, begin]
 
     def begin(self) -> None:
+        """A new rater, whose address the browser then shows."""
         from IPython.display import Javascript, display
 
         self.token = self.study.join()
@@ -4789,6 +4794,7 @@ class RatingPage:
             display(Javascript(f'history.replaceState(null, "", "?rater={self.token}")'))
 
     def show_item(self) -> None:
+        """One cloud and its two questions; what is chosen is kept at once."""
         if self.place >= len(self.order):
             return self.show_thanks()
         practice = self.place < 0
@@ -4823,10 +4829,12 @@ class RatingPage:
                              self.widgets.HBox([back, forward, said]), address, self.output]
 
     def move(self, by: int) -> None:
+        """To another item."""
         self.place += by
         self.show_item()
 
     def show_thanks(self) -> None:
+        """The end."""
         self.page.children = [self.widgets.HTML("<h1>Thank you</h1><p>All your answers are kept. You may close this page.</p>"),
                              self.button("Back", lambda: self.move(-1), style="")]
 

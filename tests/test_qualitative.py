@@ -113,7 +113,7 @@ def test_concepts_are_matched_one_to_one_where_agreement_may_name_one_twice():
 
 
 @pytest.mark.parametrize("words", [["film", "1999", "!?"], ["фильм", "ταινία", "café"], ["映画"], ["🎬"], []])
-def test_a_cloud_has_every_word_whatever_its_script_and_finds_the_font_that_lacks_least(words):
+def test_a_cloud_is_drawn_whatever_the_script_by_the_font_that_lacks_least(words):
     from matplotlib import font_manager, get_data_path
     from matplotlib import pyplot as plt
 
@@ -168,7 +168,15 @@ def test_the_explorer_is_searched_sorted_and_opened_by_mouse_and_keyboard_from_o
         page.keyboard.press("Enter")
         page.get_by_role("heading", name="Concept #777").wait_for()
         assert page.url.endswith("#concept-777")
+        opened = "Concept #777"
         search.fill("")
+        points = page.locator("#map .points path.point")
+        for point in (points.first, points.last):
+            page.evaluate("scrollTo(0, 0)")  # to open a concept scrolls to it
+            box = point.bounding_box()
+            page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            page.wait_for_function("before => document.querySelector('#concept h2').textContent !== before", arg=opened)
+            opened = page.locator("#concept h2").inner_text()
         page.get_by_role("columnheader", name="states").click()
         assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] and not errors
         browser.close()

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
 from test_human import write_study
@@ -34,8 +33,6 @@ def served(folder, port):
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             for _ in range(600):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://localhost:{port}/static/", timeout=1)
                 with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
                     break
                 assert process.poll() is None, (folder / log.name).read_text()
@@ -152,12 +149,18 @@ def test_two_raters_at_once_one_closed_the_server_killed_and_every_answer_there(
     assert set(found.index) == {"CLVQ-VAE", "Ward clusters"} and (found["raters"] == 2).all() and found["aligned"].between(0, 1).all()
 
 
-def test_an_address_that_is_nobodys_shows_the_welcome_and_nothing_of_it_is_run_or_rendered(tmp_path, browser):
-    study = write_study(tmp_path / "study", sentences=1)
-    port = free_port()
+@contextlib.contextmanager
+def welcomed(folder, browser, query=""):
+    """A study and the page that greets who comes to its address with this query."""
+    study, port = write_study(folder / "study", sentences=1), free_port()
     with served(study.folder, port):
-        page, _ = opened(browser, f"http://localhost:{port}/?rater=%3Cimg%20src=x%20onerror=alert(1)%3E")
+        page, _ = opened(browser, f"http://localhost:{port}/{query}")
         page.get_by_role("button", name="Begin").wait_for()
+        yield study, page
+
+
+def test_an_address_that_is_nobodys_shows_the_welcome_and_nothing_of_it_is_run_or_rendered(tmp_path, browser):
+    with welcomed(tmp_path, browser, "?rater=%3Cimg%20src=x%20onerror=alert(1)%3E") as (study, page):
         assert not page.locator("img[src=x]").count()
         assert page.get_by_role("button", name="Begin").is_disabled()  # before consent
         assert "onerror=alert" not in page.locator("body").inner_html()
@@ -181,11 +184,7 @@ SEND = """async ([code]) => {
 
 
 def test_a_rater_cannot_run_code_nor_list_the_kernels_of_others(tmp_path, browser):
-    study = write_study(tmp_path / "study", sentences=1)
-    port = free_port()
-    with served(study.folder, port):
-        page, _ = opened(browser, f"http://localhost:{port}/")
-        page.get_by_role("button", name="Begin").wait_for()
+    with welcomed(tmp_path, browser) as (_, page):
         received = "\n".join(page.evaluate(SEND, [f"open({str(tmp_path / 'written')!r}, 'w')"]))
         assert "kernel_info_reply" in received and "execute_reply" not in received and not (tmp_path / "written").exists()
         for path in ("api/kernels", "api/sessions", "api/contents", "files/answers.sqlite", "voila/files/study.json"):
