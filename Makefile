@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:        # notebooks share cached steps: one after the other, in order
-.PHONY: help paper book smoke test lint lock clean distclean
+.PHONY: help paper book smoke test bench lint lock clean distclean
 
 # $(call timed,label,what,command): say what runs, run it, say how long it took
 define timed
@@ -78,6 +78,13 @@ test: .venv/.installed ## check everything: ruff, then all tests (units, noteboo
 	$(call timed,test,ruff check,.venv/bin/ruff check .)
 	@echo "[test] pytest …"
 	@.venv/bin/pytest $(PYTEST_ARGS)
+
+.venv/.bench: benchmarks/requirements.txt .venv/.installed
+	$(call timed,bench,installing what is compared with,.venv/bin/pip install -qq --no-deps -r benchmarks/requirements.txt)
+	@touch $@
+
+bench: .venv/.bench ## measure steps beside what people would use instead, write book/benchmarks.md; PYTEST_ARGS='-k word'
+	@.venv/bin/pytest benchmarks -s $(PYTEST_ARGS)
 
 lint: .venv/.installed ## ruff and mypy
 	$(call timed,lint,ruff check,.venv/bin/ruff check .)

@@ -54,6 +54,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
@@ -1397,8 +1398,10 @@ class Activations:
         """From the folder that `extract` made; states stay on disk until they are read."""
         source = json.loads((folder / "source.json").read_text("utf8"))
         tokens = pd.read_parquet(folder / "tokens.parquet")
-        states = {layer: torch.from_numpy(np.load(folder / f"layer_{layer}.npy", mmap_mode="c", allow_pickle=False))
-                  for layer in source["layers"]}                                            # "c": torch wants writable memory
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")      # nobody writes
+            states = {layer: torch.from_numpy(np.load(folder / f"layer_{layer}.npy", mmap_mode="r", allow_pickle=False))
+                      for layer in source["layers"]}
         counts = np.bincount(tokens["sentence"], minlength=source["sentences"])
         return cls(states, torch.from_numpy(np.concatenate([[0], counts.cumsum()])), tokens, source)
 
@@ -2249,6 +2252,19 @@ SAES = ((2048, False), (4096, False), (2048, True))
 """Sparse autoencoders that CLVQ-VAE is compared with: neurons, and whether only the most active ones stay."""
 
 
+def sae_step(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Float[Tensor, "B D"], y: Float[Tensor, "B D2"],
+             config: Config) -> Float[Tensor, ""]:
+    """One step towards these states; decoder rows are brought back to unit length. The loss before it."""
+    with autocast(x.device, config.precision):
+        loss, _, _ = sae.loss(x, y, 0.0 if sae.top_k else config.sae_l1)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        sae.decoder.copy_(F.normalize(sae.decoder, dim=1))
+    return loss.detach()
+
+
 def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: int, config: Config) -> SparseAutoencoder:
     """A trained cross-layer sparse autoencoder: Adam, decoder rows brought back to unit length after each step."""
     x, y = (acts.states[layer] for layer in layers)
@@ -2261,16 +2277,11 @@ def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: i
     sae.to(device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.sae_learning_rate, fused=True)
     for epoch in tqdm(range(config.sae_epochs), desc=f"training SAE {neurons}", unit="epoch"):
+        total = torch.zeros((), device=device)
         for batch in torch.randperm(len(x), generator=generator).split(config.sae_batch):
-            with autocast(device, config.precision):
-                source, wanted = (states[batch].to(device).float() for states in (x, y))
-                loss, _, _ = sae.loss(source, wanted, 0.0 if top_k else config.sae_l1)
-            check_finite(loss.item(), epoch, config)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                sae.decoder.copy_(F.normalize(sae.decoder, dim=1))
+            source, wanted = (states[batch].to(device).float() for states in (x, y))
+            total += sae_step(sae, optimizer, source, wanted, config)
+        check_finite(total.item(), epoch, config)
     return sae.eval().cpu()
 
 
@@ -4899,16 +4910,12 @@ def command_sweep(options: argparse.Namespace) -> None:
 
 
 def seconds_per_gflop(folder: Path) -> float:
-    """How long a training takes for its arithmetic: in the finished runs of a sweep; before there are any, twice that of a product of
-    matrices of the size of a layer on one thread."""
+    """How long a training takes for its arithmetic: in the finished runs of a sweep; before there are any, at `speed`."""
     if (folder / "sweep.json").exists() and len(done := sweep_results(folder)):
         taken = done[done["metric"] == "training_seconds"].set_index("run")["value"]
         cost = {name: Pipeline(run.config).cost["gflop"] for name, run in sweep_runs(folder).items() if name in taken}
         return float((taken / pd.Series(cost)).median())
-    a, b, began = torch.randn(256, 768), torch.randn(768, 768), time.perf_counter()
-    for _ in range(50):
-        a @ b
-    return 2 * (time.perf_counter() - began) * 1e9 / (50 * 2 * 256 * 768 * 768)
+    return 1e9 / speed()
 
 
 MAIN_METRICS = ("variance_explained", "perplexity", "codes_used", "effective_k", "accuracy nothing", "accuracy concept projection",

@@ -1,0 +1,167 @@
+"""Runs steps beside what people would use instead, and writes what came out as a page of the book: ``make bench``."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+import clvq_core as clvq
+
+PAGE = Path(__file__).resolve().parents[1] / "book" / "benchmarks.md"
+PEERS = ["torch", "transformers", "vector-quantize-pytorch", "scikit-learn", "faiss-cpu", "captum", "sae-lens"]
+THREADS = int(os.environ.get("BENCH_THREADS", "2"))
+TABLES: dict[str, list[dict]] = {}
+torch.set_num_threads(THREADS)
+
+
+@dataclass
+class Measured:
+    seconds: float
+    """Median over the rounds."""
+    mib: float
+    """How far the memory of the process rose while it ran."""
+    result: Any
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """How many MiB the memory of the process rises above what it has now, looked at 200 times a second; in a list, once it is left."""
+    gc.collect()
+    process, found, done = psutil.Process(), [], threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        found.append((peak - before) / 2**20)
+
+
+def timed(function: Callable[[], Any], rounds: int, warm_up: int) -> Measured:
+    times = []
+    for _ in range(warm_up):
+        function()
+    with peak_memory() as mib:
+        for _ in range(rounds):
+            began = time.perf_counter()
+            result = function()
+            times.append(time.perf_counter() - began)
+    return Measured(statistics.median(times), mib[0], result)
+
+
+@pytest.fixture
+def beside(benchmark):
+    """``beside(step, peer, ours, theirs, goal, same)``: run both, make sure by ``same`` that they came to the same, note the ratio.
+
+    ``same(our_result, their_result)`` fails, or says in words how equal they are. The first ``warm_up`` runs do not count.
+    """
+
+    def compare(step: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any], goal: float, same: Callable[[Any, Any], str],
+                rounds: int = 3, warm_up: int = 1, peer_rounds: int | None = None, peer_warm_up: int | None = None) -> Measured:
+        for _ in range(warm_up):
+            ours()
+        with peak_memory() as mib:
+            result = benchmark.pedantic(ours, rounds=rounds)
+        mine = Measured(benchmark.stats.stats.median, mib[0], result)
+        other = timed(theirs, peer_rounds or rounds, warm_up if peer_warm_up is None else peer_warm_up)
+        row = {"step": step, "beside": peer, "here, s": f"{mine.seconds:.3g}", "there, s": f"{other.seconds:.3g}",
+               "times as fast": f"{other.seconds / mine.seconds:.3g}", "goal": f"{goal:g}",
+               "memory here, MiB": f"{mine.mib:,.0f}", "memory there, MiB": f"{other.mib:,.0f}", "the same": same(mine.result, other.result)}
+        benchmark.extra_info.update(row)
+        TABLES.setdefault("Beside others", []).append(row)
+        print("\n" + ", ".join(f"{k}: {v}" for k, v in row.items()))
+        return mine
+
+    return compare
+
+
+@pytest.fixture
+def note():
+    """``note(heading, **columns)``: a row of another table of the page."""
+
+    def add(heading: str, **columns: str) -> None:
+        TABLES.setdefault(heading, []).append(columns)
+        print(f"\n{heading}: " + ", ".join(f"{k}: {v}" for k, v in columns.items()))
+
+    return add
+
+
+def machine() -> str:
+    """What this ran on, in words."""
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
+        if Path("/proc/cpuinfo").exists() else []
+    memory = psutil.virtual_memory().total / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU was at hand, so nothing here was measured on one"
+    return f"{names[0] if names else platform.processor()}, {THREADS} threads, {memory:.0f} GiB of memory; {gpu}"
+
+
+def plan(tokens: float = 1e8) -> list[dict]:
+    """What 100 million tokens would take, from what was measured: the rate of the training step, and the sizes of models."""
+    rate = float(TABLES["A training step"][0]["GFLOP a second"].replace(",", "")) * 1e9
+    share = float(TABLES["A training step"][0]["of the limit"].rstrip("%")) / 100
+    rows = []
+    for name, width, codes, layers in (("all-MiniLM-L6", 384, 400, 2), ("RoBERTa-base", 768, 400, 6), ("LLaMA-2-7b", 4096, 16384, 6)):
+        weights = 2 * width**2 + layers * (8 * width**2 + 2 * width * 2048)
+        operations = tokens * (6 * weights + 2 * codes * width)
+        rows.append({"model": name, "width": f"{width:,}", "codes": f"{codes:,}", "decoder layers": str(layers),
+                     "two layers on disk, GB": f"{tokens * width * 4 / 1e9:,.0f}", "an epoch, PFLOP": f"{operations / 1e15:,.0f}",
+                     "here, days an epoch": f"{operations / rate / 86400:,.1f}",
+                     "8 accelerators of 400 TFLOP/s each, hours an epoch": f"{operations / (8 * 4e14 * share) / 3600:,.2f}",
+                     "reading at 2 GB/s, hours": f"{tokens * width * 4 / 2e9 / 3600:,.2f}"})
+    return rows
+
+
+NOTES = {
+    "Beside others": "Both in one run, on the same data, after warming up; seconds are the median of the repeats; memory is how far that of "
+                     "the process rose. What was compared before the times were, and how equal it was, stands in the last column.",
+    "A training step": "At the shape of the paper's ERASER data. The limit is what a product of two bfloat16 matrices of the decoder's "
+                       "shapes reaches on the same machine in the same minute.",
+    "Cost by size": "States of width 384, made for this, in sentences like the paper's; the embedded default's settings, one epoch.",
+    "More than memory": "A process that may not have more memory of its own than the limit trains on states that are more; they are "
+                        "mapped from disk.",
+    "Many codes": "One step of the quantiser on 4,096 states of LLaMA-2-7b's width.",
+    "Precision": "The same training in bfloat16 and in float32, over seeds.",
+    "A plan for 100 million tokens": "Calculated, not measured: the step's rate above, and for accelerators the same share of their limit. The summary and "
+                                     "the words' states of two layers in half precision are read once an epoch, in stretches of sentences (`read_together`).",
+    "From the command line": "Each in a process of its own.",
+}
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the page, if all of it was measured."""
+    if "A training step" in TABLES:
+        TABLES["A plan for 100 million tokens"] = plan()
+    if exitstatus or session.config.option.keyword or session.config.option.collectonly or not set(NOTES) <= set(TABLES):
+        return
+    versions = ", ".join(f"{name} {version(name)}" for name in PEERS)
+    lines = ["# Benchmarks", "", f"Written by `make bench` on {date.today()}: {machine()}. Commit {clvq.environment()['commit']}; {versions}.", ""]
+    for heading, said in NOTES.items():
+        table = pd.DataFrame(TABLES[heading]).to_markdown(index=False, disable_numparse=True)
+        lines += [f"## {heading}", "", said, "", table, ""]
+        lines += ["```{image} static/scale.svg\n:alt: Seconds, memory and disk by number of states, on logarithmic axes\n```", ""] * (heading == "Cost by size")
+    PAGE.write_text("\n".join(lines), "utf8")
+    print(f"\nwritten: {PAGE}")
