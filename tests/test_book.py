@@ -20,6 +20,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = ROOT / "book" / "executed"
 TWINS = sorted(EXECUTED.glob("*.ipynb"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+LONG = ["09_paper_scale.ipynb"]  # takes hours, so that it stays as the code of its day made it; the page names the commit
 pytestmark = pytest.mark.book
 named = {"argvalues": NOTEBOOKS, "ids": lambda path: path.stem}
 
@@ -49,7 +50,8 @@ def why_stale(twin: Path, notebook: Path) -> str:
         return f"{twin} has no notebook {notebook}: delete it"
     if [source(c) for c in cells(twin)] != [source(c) for c in cells(notebook)]:
         return f"{twin.name} in book/executed has other code than its notebook: run `make paper`"
-    if json.loads(twin.read_text("utf8"))["metadata"].get("clvq", {}).get("code") != clvq.notebook_code_hash(notebook):
+    made = json.loads(twin.read_text("utf8"))["metadata"].get("clvq", {})
+    if notebook.name not in LONG and made.get("code") != clvq.notebook_code_hash(notebook):
         return f"{twin.name} in book/executed was made by other code of clvq_core.py than today's: run `make paper`"
     return ""
 
@@ -283,9 +285,10 @@ def test_pages_ask_for_nothing_but_files_and_tables_sort_and_concepts_open_in_a_
                 tab.goto(path.as_uri())
         tab.goto((built / "notebooks" / "05_qualitative.html").as_uri())
         head = tab.locator("#table-specific th", has_text="times")
-        for order in (sorted, lambda numbers: sorted(numbers, reverse=True)):
+        for direction, order in (("ascending", sorted), ("descending", lambda numbers: sorted(numbers, reverse=True))):
             tab.locator("#table-specific.dataTable").wait_for()
             head.click()
+            tab.locator(f"#table-specific th[aria-sort={direction}]", has_text="times").wait_for()
             found = [int(text) for text in tab.locator("#table-specific tbody td:nth-child(3)").all_inner_texts()]
             assert found == order(found) and len(set(found)) > 3
         tab.goto((built / "book" / "explorer.html").as_uri())
