@@ -57,7 +57,7 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -71,7 +71,6 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 __version__ = "0.1.0"
@@ -1176,20 +1175,12 @@ def predict(lm: LanguageModel, encoded: Encoded, config: Config) -> Float[Tensor
     return logits
 
 
-def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator, together: int = 1) -> list[Int[Tensor, "B"]]:
-    """Shuffled batches of ``size`` sentences that are alike in length: sorted within pools of `POOL` batches, so that little is padding.
-    ``together`` consecutive sentences stay in one pool, so that a pool lies in few stretches of what is on disk."""
-    stretches = torch.arange(len(lengths)).split(together)
-    order = torch.cat([stretches[i] for i in torch.randperm(len(stretches), generator=generator)])
-    batches = []
-    for pool in order.split(POOL * size):
-        alike = pool[lengths[pool].argsort(stable=True)].split(size)
-        batches += [alike[i] for i in torch.randperm(len(alike), generator=generator)]
-    return batches
-
-
-POOL = 16
-"""Batches that are sorted by length together, and read together."""
+def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator) -> list[Int[Tensor, "B"]]:
+    """Shuffled batches of ``size`` sentences that are alike in length: sorted within pools of 16 batches, so that little is padding."""
+    order = torch.randperm(len(lengths), generator=generator)
+    batches = [pool[lengths[pool].argsort(stable=True)].split(size) for pool in order.split(16 * size)]
+    flat = [batch for pool in batches for batch in pool]
+    return [flat[i] for i in torch.randperm(len(flat), generator=generator)]
 
 
 def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], config: Config) -> pd.DataFrame:
@@ -1343,6 +1334,10 @@ def frequency_filter(tokens: pd.DataFrame, config: Config) -> np.ndarray:
     occurrence = shuffled.groupby(shuffled).cumcount().reindex(words.index)
     stays = (occurrence < config.max_count) & (words.groupby(words).transform("size") >= config.min_count)
     return tokens["is_summary"].to_numpy() | stays.reindex(tokens.index, fill_value=False).to_numpy()
+
+
+POOL = 16
+"""Batches whose states are read from disk together."""
 
 
 @dataclass
@@ -1727,48 +1722,57 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return x * (drawn >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
 
 
+def rounded(n: int, to: int) -> int:
+    """n, or the next multiple of ``to``."""
+    return -(-n // to) * to
+
+
 class Layout(NamedTuple):
-    """Where sentences that stand one after the other without padding (N rows) lie once they are padded (B, T)."""
+    """Where sentences that stand one after the other (N rows) lie once as many as fit share a line of T places (L, T)."""
 
     shape: tuple[int, int]
-    """B and T."""
-    places: Int[Tensor, "N"] | None
-    """Each row's place among the B T padded ones; none: all are of one length, so that nothing moves."""
-    seen: Bool[Tensor, "B 1 T T"]
-    """What a position sees of its own sentence's positions; itself always, as padding does too."""
-    real: Bool[Tensor, "B 1 1 T"] | None
-    """What is not padding; none: nothing is."""
+    """L and T."""
+    places: Int[Tensor, "N"]
+    """Each row's place among the L T."""
+    own: Bool[Tensor, "L 1 T T"]
+    """Where a place's own sentence is; what is empty sees what is empty."""
+    seen: Bool[Tensor, "L 1 T T"]
+    """The same, less what `ModelSettings.mask` hides of it."""
 
     @classmethod
     def of(cls, lengths: Int[Tensor, "B"], mask: str, device: torch.device) -> Layout:
-        """For sentences of these lengths; ``mask`` as in `ModelSettings`."""
-        real = torch.arange(int(lengths.max())) < lengths[:, None]
-        size = real.shape[1]
-        every = torch.ones(size, size, dtype=torch.bool)
-        order = {"causal": every.tril(), "anticausal": every.triu(), "none": every}[mask]
-        seen = real[:, None, :] & order | torch.eye(size, dtype=torch.bool)
-        shape, seen = (len(lengths), size), seen[:, None].to(device)
-        if real.all():
-            return cls(shape, None, seen, None)
-        return cls(shape, real.flatten().nonzero()[:, 0].to(device), seen, real[:, None, None].to(device))
+        """For sentences of these lengths; the longest first, each in the first line with room (first fit decreasing)."""
+        sizes, size = lengths.tolist(), rounded(int(lengths.max()), 32)
+        free: list[int] = []                                    # of each line
+        begins = [0] * len(sizes)
+        for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+            line = next((line for line, room in enumerate(free) if room >= sizes[i]), len(free))
+            if line == len(free):
+                free.append(size)
+            begins[i] = (line + 1) * size - free[line]
+            free[line] -= sizes[i]
+        offsets = F.pad(lengths.cumsum(0), (1, 0))
+        sentence = torch.arange(len(sizes)).repeat_interleave(lengths)
+        places = torch.arange(len(sentence)) + (torch.tensor(begins) - offsets[:-1])[sentence]
+        lines = torch.full((rounded(len(free), 4) * size,), -1).index_copy(0, places, sentence).view(-1, 1, size)
+        own = lines[..., None] == lines[..., None, :]
+        seen = {"causal": own.tril(), "anticausal": own.triu(), "none": own}[mask]
+        return cls((len(lines), size), places.to(device), own.to(device), seen.to(device))
 
-    def pad(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "B T D"]:
-        """0 at padding."""
-        if self.places is not None:
-            x = x.new_zeros(math.prod(self.shape), x.shape[1]).index_copy(0, self.places, x)
-        return x.view(*self.shape, -1)
+    def pad(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "L T D"]:
+        """0 where nothing is."""
+        return x.new_zeros(math.prod(self.shape), x.shape[1]).index_copy(0, self.places, x).view(*self.shape, -1)
 
-    def pack(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "N D"]:
-        """Without the padding."""
-        x = x.flatten(0, 1)
-        return x if self.places is None else x.index_select(0, self.places)
+    def pack(self, x: Float[Tensor, "L T D"]) -> Float[Tensor, "N D"]:
+        """One after the other again."""
+        return x.flatten(0, 1).index_select(0, self.places)
 
 
 class Decoder(nn.Module):
     """Section 2.3: a transformer decoder over the codes, with cross-attention to a memory, then a linear map to the target's width.
 
-    The layers are PyTorch's and so is their arithmetic, but sentences of unlike lengths stand one after the other without padding;
-    nothing but attention, which goes from position to position, sees them padded.
+    The layers are PyTorch's and so is their arithmetic, but sentences stand one after the other without padding; for attention, which
+    goes from position to position, as many as fit share a line (`Layout`) and see nothing of each other.
     """
 
     def __init__(self, width: int, target_width: int, settings: ModelSettings) -> None:
@@ -1784,36 +1788,44 @@ class Decoder(nn.Module):
         self.out = nn.Linear(width, target_width)
         self.settings = settings
 
+    def drop(self, x: Tensor) -> Tensor:
+        return dropout(x, self.settings.dropout) if self.training and self.settings.dropout else x
+
     def attend(self, attention: Any, x: Float[Tensor, "N D"], memory: Float[Tensor, "N D"], layout: Layout,
-               seen: Bool[Tensor, "B 1 _ T"] | None) -> Float[Tensor, "N D"]:
+               seen: Bool[Tensor, "L 1 T T"]) -> Float[Tensor, "N D"]:
         """Multi-head attention from x to the memory, with the weights of an `nn.MultiheadAttention`."""
         width, heads = x.shape[1], self.settings.decoder_heads
-        weights, biases = attention.in_proj_weight.split([width, 2 * width]), attention.in_proj_bias.split([width, 2 * width])
-        q, k, v = F.linear(x, weights[0], biases[0]), *F.linear(memory, weights[1], biases[1]).chunk(2, 1)
-        q, k, v = (layout.pad(part).unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))    # (B, heads, T, D / heads)
-        # On a CPU the plain formula is faster than PyTorch's own choice for sentences of a few words
-        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():
+        if memory is x:
+            projected = [F.linear(x, attention.in_proj_weight, attention.in_proj_bias)]
+        else:
+            parts = zip(*(part.split([width, 2 * width]) for part in (attention.in_proj_weight, attention.in_proj_bias)), strict=True)
+            projected = [F.linear(rows, *part) for rows, part in zip((x, memory), parts, strict=True)]
+        q, k, v = (part for rows in projected for part in layout.pad(rows).unflatten(2, (-1, heads, width // heads)).permute(2, 0, 3, 1, 4))
+        if x.device.type == "cpu":                      # the formula as it stands is faster there than PyTorch's choices for a few words
+            weights = (q @ (k * (width // heads) ** -0.5).transpose(2, 3)).masked_fill(~seen, -math.inf).softmax(-1)
+            mixed = self.drop(weights) @ v
+        else:
             mixed = F.scaled_dot_product_attention(q, k, v, seen, self.settings.dropout if self.training else 0.0)
         return attention.out_proj(layout.pack(mixed.transpose(1, 2).flatten(2)))
 
     def forward(self, queries: Float[Tensor, "N D"], memory: Float[Tensor, "N D"],
                 lengths: Int[Tensor, "B"]) -> Float[Tensor, "N D2"]:
-        layout, x = Layout.of(lengths, self.settings.mask, queries.device), queries
-
-        def drop(x: Tensor) -> Tensor:
-            return dropout(x, self.settings.dropout) if self.training and self.settings.dropout else x
+        n = len(queries)
+        fill = rounded(n, 32) - n                           # few sizes: a CPU's products keep memory for each that they have met
+        layout = Layout.of(F.pad(lengths, (0, 1), value=fill) if fill else lengths, self.settings.mask, queries.device)
+        x, memory = F.pad(queries, (0, 0, 0, fill)), F.pad(memory, (0, 0, 0, fill))
 
         def add(x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
-            return x + drop(part(norm(x))) if self.settings.norm_first else norm(x + drop(part(x)))
+            return x + self.drop(part(norm(x))) if self.settings.norm_first else norm(x + self.drop(part(x)))
 
         def block(x: Tensor, layer: Any) -> Tensor:
             x = add(x, layer.norm1, lambda x: self.attend(layer.self_attn, x, x, layout, layout.seen))
-            x = add(x, layer.norm2, lambda x: self.attend(layer.multihead_attn, x, memory, layout, layout.real))
-            return add(x, layer.norm3, lambda x: layer.linear2(drop(layer.linear1(x).relu())))
+            x = add(x, layer.norm2, lambda x: self.attend(layer.multihead_attn, x, memory, layout, layout.own))
+            return add(x, layer.norm3, lambda x: layer.linear2(self.drop(layer.linear1(x).relu())))
 
         for layer in self.layers:
             x = block(x, layer)
-        return self.out(self.norm(x))
+        return self.out(self.norm(x))[:n]
 
 
 class Output(NamedTuple):
@@ -1985,6 +1997,15 @@ def check_finite(loss: float, epoch: int, config: Config) -> None:
                                  f"try a learning_rate below {config.learning_rate:g}")
 
 
+def shuffled_batches(n: int, size: int, generator: torch.Generator, together: int = 1) -> list[Int[Tensor, "B"]]:
+    """``size`` of n sentences each, in random order. ``together`` consecutive ones stay in one pool of `POOL` batches, so that what a
+    pool reads from disk lies in few stretches."""
+    stretches = torch.arange(n).split(together)
+    order = torch.cat([stretches[i] for i in torch.randperm(len(stretches), generator=generator)])
+    pools = [pool[torch.randperm(len(pool), generator=generator)] for pool in order.split(POOL * size)]
+    return [batch for pool in pools for batch in pool.split(size)]
+
+
 def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, sentences: Int[Tensor, "S"], config: Config,
                 epoch: int) -> dict[str, float]:
     """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over states, and how many codes were drawn.
@@ -1999,7 +2020,7 @@ def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
     with seeded(config.seed, epoch, *([rank] if rank else [])):
-        batches = bucketed_batches(acts.lengths[sentences], config.batch_sentences, order, config.read_together)
+        batches = shuffled_batches(len(sentences), config.batch_sentences, order, config.read_together)
         own = [sentences[batch[rank::world]] for batch in batches if len(batch) >= world]
         for (x, y), lengths in acts.stream(own, (model.layer, model.target_layer), device):
             with autocast(device, config.precision):
@@ -2029,12 +2050,11 @@ def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, 
 
 
 def split_sentences(acts: Activations, config: TrainSettings) -> tuple[Int[Tensor, "S1"], Int[Tensor, "S2"]]:
-    """Which sentences CLVQ-VAE is trained on, and which are held out, the latter by length: less padding."""
+    """Which sentences CLVQ-VAE is trained on, and which are held out, each in their order."""
     order = torch.randperm(len(acts.lengths), generator=torch.Generator().manual_seed(config.seed))
     n_held = max(1, round(config.validation_share * len(order)))
     n_kept = max(1, round(config.train_share * (len(order) - n_held)))
-    held, kept = order[:n_held].sort().values, order[n_held:n_held + n_kept].sort().values
-    return kept, held[acts.lengths[held].argsort(stable=True)]
+    return order[n_held:n_held + n_kept].sort().values, order[:n_held].sort().values
 
 
 def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Path | None = None,

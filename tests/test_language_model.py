@@ -411,13 +411,18 @@ def test_a_stream_of_batches_gives_each_its_own_rows_over_many_pools(tiny_acts):
 
 @pytest.mark.parametrize("together", [1, 8, 1000])
 def test_batches_have_every_sentence_once_and_neighbours_are_read_together(together):
-    lengths = torch.randint(1, 60, (1000,), generator=torch.Generator().manual_seed(0))
-    first, other = (clvq.bucketed_batches(lengths, 4, torch.Generator().manual_seed(seed), together) for seed in (0, 1))
-    assert torch.equal(torch.cat(first).sort().values, torch.arange(1000)) and all(len(batch) <= 4 for batch in first)
+    first, other = (clvq.shuffled_batches(1000, 4, torch.Generator().manual_seed(seed), together) for seed in (0, 1))
+    assert torch.equal(torch.cat(first).sort().values, torch.arange(1000)) and all(len(batch) == 4 for batch in first)
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     size = 4 * clvq.POOL
-    pool = torch.cat(first)[:size].sort().values  # the first pool as it is read
-    stretches = 1 + int((pool.diff() > 1).sum())
+    pool = torch.cat(first)[:size]
+    assert (pool.diff() < 0).sum() > size // 4  # shuffled within, whatever lies together
+    stretches = 1 + int((pool.sort().values.diff() > 1).sum())  # as the pool is read
     assert stretches <= size // together + 1 if together > 1 else stretches > size // 2
-    padded = sum(int(lengths[batch].max()) * len(batch) for batch in first)
-    assert padded < 1.15 * int(lengths.sum())
+
+
+def test_bucketed_batches_have_every_sentence_once_and_little_padding():
+    lengths = torch.randint(1, 60, (1000,), generator=torch.Generator().manual_seed(0))
+    batches = clvq.bucketed_batches(lengths, 4, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.cat(batches).sort().values, torch.arange(1000)) and all(len(batch) <= 4 for batch in batches)
+    assert sum(int(lengths[batch].max()) * len(batch) for batch in batches) < 1.15 * int(lengths.sum())

@@ -1,6 +1,7 @@
 """Encoder, decoder and the whole CLVQ-VAE: equation 1, masks, what passes around the codes, saving and loading."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -116,9 +117,27 @@ def test_a_position_sees_the_memory_of_all_positions(tiny_acts):
     assert torch.equal((decoder(queries, memory, lengths) - before).abs().amax(-1) > 1e-5, torch.arange(9) < 7)  # its own sentence
 
 
+@pytest.mark.parametrize("mask", ["causal", "none", "anticausal"])
+@pytest.mark.parametrize(("longest", "n"), [(61, 128), (8, 500), (32, 3), (1, 1)])
+def test_sentences_share_lines_and_see_nothing_of_each_other(mask, longest, n):
+    draw = torch.Generator().manual_seed(n)
+    lengths = torch.randint(1, longest + 1, (n,), generator=draw)
+    layout, total = clvq.Layout.of(lengths, mask, torch.device("cpu")), int(lengths.sum())
+    assert math.prod(layout.shape) < 1.2 * total + 4 * 64  # little is empty
+    x = torch.randn(total, 3, generator=draw)
+    assert torch.equal(layout.pack(layout.pad(x)), x) and int((layout.pad(x) != 0).sum()) == x.numel()  # no two in one place
+    line, place = layout.places // layout.shape[1], layout.places % layout.shape[1]
+    sentence, position = torch.arange(n).repeat_interleave(lengths), torch.cat([torch.arange(size) for size in lengths])
+    same = sentence[:, None] == sentence
+    assert torch.equal(layout.own[line[:, None], 0, place[:, None], place] & (line[:, None] == line), same)
+    order = {"causal": position[:, None] >= position, "none": True, "anticausal": position[:, None] <= position}[mask]
+    assert torch.equal(layout.seen[line[:, None], 0, place[:, None], place] & (line[:, None] == line), same & order)
+    assert layout.seen.any(-1).all()  # an empty place too sees something, so that no softmax is undefined
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("mask", ["causal", "none", "anticausal"])
-@pytest.mark.parametrize("lengths", [[5, 1, 7, 7], [3, 3], [1], [1, 1, 1]])
+@pytest.mark.parametrize("lengths", [[5, 1, 7, 7], [3, 3], [1], [1, 1, 1], [40, 20, 9, 33, 16]])
 def test_without_padding_the_decoder_gives_what_pytorchs_own_gives_with_padding(norm_first, mask, lengths):
     decoder = clvq.Decoder(WIDTH, 20, model_settings(decoder_layers=3, norm_first=norm_first, mask=mask, dropout=0.0))
     layer = torch.nn.TransformerDecoderLayer(WIDTH, 4, 64, 0.0, batch_first=True, norm_first=norm_first)
