@@ -1521,10 +1521,10 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int, config: Confi
 # 8 Codebook start
 # ======================================================================================================
 def nearest(x: Float[Tensor, "N D"], centres: Float[Tensor, "K D"], rows: int = 16384) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
-    """Index of the nearest centre by Euclidean distance, and the squared distance. In blocks: never N x K for all N."""
+    """Index of the nearest centre by Euclidean distance, and the squared distance. In blocks of at most ``rows``: never N x K for all N."""
     labels, distances = [], []
     squares = centres.square().sum(1)
-    for block in x.split(rows):
+    for block in x.split(min(rows, max(256, 2**26 // len(centres)))):
         gap, label = torch.addmm(squares, block, centres.T, alpha=-2).min(1)                # |c|^2 - 2 x.c
         labels.append(label)
         distances.append((gap + block.square().sum(1)).clamp_min_(0))
@@ -1573,21 +1573,23 @@ def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Ge
     return centres, labels
 
 
-POINTS = 256
-"""States a code from which k-means learns where codes begin, as is usual in faiss: more would move them little."""
+POINTS, NUMBERS = 256, 2**29
+"""States a code from which k-means learns where codes begin, as is usual in faiss: more would move them little; and numbers in all of
+them at most, 2 GiB."""
 
 
 def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, generator: torch.Generator,
                    rows: Int[Tensor, "n"] | None = None) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
     """First codes and how many of the rows (none: all) each has. Equation 2: a spherical centre times the mean length of its rows, of all
-    rows if it has none. Centres are those of at most `POINTS` rows a code. ValueError if there are fewer rows than codes."""
+    rows if it has none. Centres are learnt from at most `POINTS` rows a code. ValueError if there are fewer rows than codes."""
     k, rows = settings.n_codes, torch.arange(len(states)) if rows is None else rows
     if len(rows) < k:
         raise ValueError(f"n_codes={k} is more than the {len(rows)} training states; lower n_codes or take more text")
     if settings.start == "random":
         codes = states[rows[torch.randperm(len(rows), generator=generator)[:k]]].float()
     else:
-        chosen = rows if len(rows) <= POINTS * k else rows[torch.randperm(len(rows), generator=generator)[:POINTS * k].sort().values]
+        most = max(k, min(POINTS * k, NUMBERS // states.shape[1]))
+        chosen = rows if len(rows) <= most else rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
         codes = kmeans(states[chosen].float(), k, settings.start_iterations, generator, settings.start == "spherical")[0]
     counts, lengths = torch.zeros(k), torch.zeros(k)
     for block in blocks(states, rows):
@@ -1876,7 +1878,7 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
         return (self.vectors.mean(0) if kind == "constant" else torch.zeros_like(self.vectors[0])).expand_as(z)
 
     def forward(self, x: Float[Tensor, "N D"], lengths: Int[Tensor, "B"], generator: torch.Generator | None = None) -> Output:
-        z = self.encoder(x)
+        z = self.encoder(F.pad(x, (0, 0, 0, rounded(len(x), 32) - len(x))))[:len(x)]        # few sizes, as in the decoder
         quantized = self.quantizer(z, generator)
         return Output(self.decoder(quantized.vectors, self.memory(z, quantized), lengths), z, quantized)
 

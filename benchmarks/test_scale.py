@@ -38,13 +38,17 @@ def make_states(folder: Path, sentences: int, width: int = WIDTH) -> clvq.Activa
     return clvq.Activations.load(folder)
 
 
-def epoch(folder: Path, **settings) -> dict[str, float]:
+SETTINGS = clvq.configure("laptop", epochs=1, batch_sentences=128, n_codes=64, decoder_layers=1, feedforward=256, read_together=64)
+"""Little to compute for each state, so that reading them counts."""
+
+
+def epoch(folder: Path) -> dict[str, float]:
     """One epoch on the states of a folder: seconds of the start and of the epoch, and the variance explained."""
     acts = clvq.Activations.load(folder)
     began = time.perf_counter()
-    _, history = clvq.train(acts, clvq.configure("laptop", epochs=1, **settings), (1, 2))
+    _, history = clvq.train(acts, SETTINGS, (1, 2))
     return {"states": len(acts.tokens), "all": time.perf_counter() - began, "epoch": float(history["seconds"].iloc[-1]),
-            "explained": float(history["variance_explained"].iloc[-1])}
+            "explained": float(history["validation_variance_explained"].iloc[-1])}
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +101,15 @@ from test_scale import epoch
 limit = {limit}
 if limit:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-print("@@" + json.dumps(epoch(Path({folder!r}), n_codes=64, decoder_layers=1, feedforward=256, start="random", read_together=64)))
+print("@@" + json.dumps(epoch(Path({folder!r}))))
 """
 
 
 def in_its_own_process(folder: Path, limit: int) -> dict[str, float]:
     """`epoch` where the process may have so many bytes of memory of its own (0: any)."""
     code = LIMITED.format(paths=[str(Path(__file__).parent), str(Path(clvq.__file__).parent)], threads=THREADS, limit=limit, folder=str(folder))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}  # its own reserves 1 GiB, which would count
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(re.search("@@(.*)", done.stdout)[1])
 
@@ -112,7 +117,7 @@ def in_its_own_process(folder: Path, limit: int) -> dict[str, float]:
 def test_states_that_are_more_than_memory_are_trained_on_as_fast(note, made):
     folder = made[170_000]
     store = sum(path.stat().st_size for path in folder.glob("*.npy"))
-    limit = int(0.75 * store)
+    limit = int(0.8 * store)
     rows = {name: in_its_own_process(folder, bound) for name, bound in (("none", 0), (f"{limit / 2**30:.1f} GiB", limit))}
     for name, found in rows.items():
         note("More than memory", limit=name, **{"states on disk, GiB": f"{store / 2**30:.1f}", "an epoch, s": f"{found['epoch']:.0f}",
@@ -128,26 +133,36 @@ def test_precision_changes_no_result_beyond_the_seed(note):
             pipeline = clvq.Pipeline(clvq.configure("smoke", precision=precision, seed=seed, epochs=6))
             history = clvq.train(pipeline.activations("train"), pipeline.config, pipeline.layers)[1]
             found[precision, seed] = history.iloc[-1]
-    for measure in ("variance_explained", "perplexity"):
+    for measure in ("validation_variance_explained", "validation_perplexity"):
         values = {precision: [float(found[precision, seed][measure]) for seed in (1, 2, 3)] for precision in ("float32", "bfloat16")}
         means = {precision: statistics.mean(v) for precision, v in values.items()}
         spread = statistics.stdev(values["float32"])
-        note("Precision", measure=measure.replace("_", " "), **{"float32, mean of 3 seeds": f"{means['float32']:.4f}", "bfloat16": f"{means['bfloat16']:.4f}",
+        note("Precision", measure=measure.replace("validation_", "").replace("_", " "), **{"float32, mean of 3 seeds": f"{means['float32']:.4f}", "bfloat16": f"{means['bfloat16']:.4f}",
              "apart": f"{abs(means['float32'] - means['bfloat16']):.4f}", "standard deviation over seeds": f"{spread:.4f}"})
         assert abs(means["float32"] - means["bfloat16"]) < 2 * spread
 
 
 @pytest.mark.parametrize(("what", "command", "goal"), [
     ("import clvq_core", [sys.executable, "-c", "import clvq_core"], 1),
+    ("import torch, for comparison", [sys.executable, "-c", "import torch"], None),
     ("clvq explain, warm", [sys.executable, "-m", "clvq_core", "explain", "a gripping, moving film", "--scale", "smoke"], 5),
+    ("import of torch and a model of transformers, for comparison", [sys.executable, "-c", "import torch, transformers.models.bert.modeling_bert"], None),
 ])
 def test_from_the_command_line(note, what, command, goal):
     times = []
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-    for _ in range(4):
+    for _ in range(3):
         began = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True, env=environment)
         times.append(time.perf_counter() - began)
-    note("From the command line", what=what, **{"seconds": f"{statistics.median(times[1:]):.2f}", "goal": f"< {goal}"})
+    note("From the command line", what=what, **{"seconds": f"{statistics.median(times[1:]):.2f}", "goal": f"< {goal}" if goal else "–"})
+
+
+def test_another_text_in_the_same_process(note):
+    pipeline = clvq.Pipeline(clvq.configure("smoke")).check()
+    pipeline.explain("a gripping, moving film")
+    began = time.perf_counter()
+    pipeline.explain("a dull, overlong film")
+    note("From the command line", what="Pipeline.explain, another text in the same process", seconds=f"{time.perf_counter() - began:.2f}", goal="–")
 
 

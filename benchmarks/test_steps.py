@@ -63,7 +63,7 @@ def test_kmeans(beside, on_the_sphere, peer):
         assert a > b * 0.995, (a, b)
         return f"mean cosine {a:.4f} and {b:.4f}"
 
-    beside("spherical k-means++, 81,456 x 768, K 400", peer, ours, sklearns if "scikit" in peer else faisss, 2 if "scikit" in peer else 1, same,
+    beside("spherical k-means++, 81,456 x 768, K 400", peer, ours, sklearns if "scikit" in peer else faisss, 2 if "scikit" in peer else None, same,
            rounds=1, warm_up=0)
 
 
@@ -170,7 +170,7 @@ def test_salience_beside_500_steps(beside, movies):
             encoded = lm.tokenizer([clvq.split_words(text)], is_split_into_words=True, return_tensors="pt")
             share = captums(lm, encoded["input_ids"], encoded["attention_mask"], layer, 500, 50)[0]
             words = {word: max(share[at].item() for at, other in enumerate(encoded.word_ids()) if other == word) for word in encoded.word_ids() if word is not None}
-            found.append(max([-1, *words], key=lambda word: share[0].item() if word < 0 else words[word]))
+            found.append(1 + max([-1, *words], key=lambda word: share[0].item() if word < 0 else words[word]))  # 0: the summary
         return found
 
     def same(mine, other):
@@ -228,7 +228,7 @@ def test_probes(beside):
         assert abs(mine - other) < 0.02, (mine, other)
         return f"accuracy held out {mine:.3f} and {other:.3f}"
 
-    beside(f"{config.folds}-fold probes of 8 sets of 1,000 states, width 384", "one probe after another", ours, theirs, 5, same, rounds=1)
+    beside(f"{config.folds}-fold probes of 8 sets of 1,000 states, width 384", "one probe after another", ours, theirs, 5, same, peer_rounds=1, peer_warm_up=0)
 
 
 # --- sparse autoencoder -------------------------------------------------------------------------------------------
