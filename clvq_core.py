@@ -1382,11 +1382,11 @@ class Activations:
             for i, pool in enumerate(pools):
                 states, sentences = coming.result()                                         # type: ignore[union-attr]
                 coming = reader.submit(read, pools[i + 1]) if i + 1 < len(pools) else None
-                offsets = F.pad(self.lengths[sentences].cumsum(0), (1, 0))
+                offsets, states = F.pad(self.lengths[sentences].cumsum(0), (1, 0)), [part.to(device, non_blocking=True) for part in states]
                 for batch in pool:
                     rows, mask = pad_rows(offsets, torch.searchsorted(sentences, batch))
-                    parts = [part[rows[mask]].to(device, non_blocking=True).float() for part in states]
-                    yield parts, self.lengths[batch]
+                    own = rows[mask].to(device, non_blocking=True)
+                    yield [part[own].float() for part in states], self.lengths[batch]
 
     @classmethod
     def load(cls, folder: Path) -> Activations:
@@ -1684,8 +1684,9 @@ class Quantizer(nn.Module):
         near, codes = self.distances(z).topk(self.settings.top_k, dim=1, largest=False)     # (N, k)
         if self.settings.top_k == 1:
             return codes[:, 0]
-        chances = torch.softmax(-near / self.settings.temperature, dim=1).nan_to_num(1.0)  # a loss that is not finite is told of later
-        return codes.gather(1, torch.multinomial(chances, 1, generator=generator))[:, 0]
+        chances = torch.softmax(-near / self.settings.temperature, dim=1)
+        luck = torch.empty_like(chances).exponential_(generator=generator)                  # as torch.multinomial, which waits for a GPU
+        return codes.gather(1, (chances / luck).argmax(1, keepdim=True))[:, 0]
 
     def forward(self, z: Float[Tensor, "N D"], generator: torch.Generator | None = None) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
