@@ -81,12 +81,15 @@ test: .venv/.installed ## check everything: ruff, then all tests (units, noteboo
 	@echo "[test] pytest …"
 	@.venv/bin/pytest $(PYTEST_ARGS)
 
+# Beside the environment, not in it, so that nothing else is run with these
 .venv/.bench: benchmarks/requirements.txt .venv/.installed
-	$(call timed,bench,installing what is compared with,.venv/bin/pip install -qq --no-deps -r benchmarks/requirements.txt)
+	@rm -rf .venv/bench
+	$(call timed,bench,installing what is compared with,\
+	.venv/bin/pip install -qq --no-deps --target .venv/bench -r benchmarks/requirements.txt)
 	@touch $@
 
 bench: .venv/.bench ## measure steps beside what people would use instead, write book/benchmarks.md; PYTEST_ARGS='-k word'
-	@.venv/bin/pytest benchmarks -s $(PYTEST_ARGS)
+	@PYTHONPATH=.venv/bench .venv/bin/pytest benchmarks -s $(PYTEST_ARGS)
 
 lint: .venv/.installed ## ruff and mypy
 	$(call timed,lint,ruff check,.venv/bin/ruff check .)

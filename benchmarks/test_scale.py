@@ -87,7 +87,8 @@ def draw_scale(table: pd.DataFrame) -> None:
         ax.set(xlabel="states", ylabel=label)
         ax.legend()
     FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, metadata={"Date": None})
+    with plt.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(FIGURE, metadata={"Date": None})
     plt.close(figure)
 
 

@@ -75,10 +75,13 @@ def last_subwords(ids):
     return [0, *{word: at for at, word in enumerate(ids) if word is not None}.values()]
 
 
-@pytest.mark.parametrize(("peer", "goal"), [("one sentence a pass, JSON out (as NeuroX)", 8), ("one sentence a pass", 2), ("padded batches of 32", 1.2)])
-def test_extraction(beside, movies, tmp_path, peer, goal):
+@pytest.mark.parametrize(("peer", "goal", "precision"), [
+    ("one sentence a pass, JSON out (as NeuroX)", 8, "float32"), ("one sentence a pass, JSON out (as NeuroX)", 8, "bfloat16"),
+    ("one sentence a pass", 2, "float32"), ("padded batches of 32", 1.2, "float32"),
+])
+def test_extraction(beside, movies, tmp_path, peer, goal, precision):
     lm, texts = movies
-    config = clvq.configure("smoke")
+    config = clvq.configure("smoke", inference_precision=precision)
 
     def states(batch):
         encoded = lm.tokenizer([clvq.split_words(text) for text in batch], is_split_into_words=True, return_tensors="pt", padding=True, truncation=True,
@@ -91,8 +94,7 @@ def test_extraction(beside, movies, tmp_path, peer, goal):
 
     @torch.no_grad()
     def batched(size):
-        with clvq.autocast(lm.device, config.inference_precision):
-            parts = [states(texts[i:i + size]) for i in range(0, len(texts), size)]
+        parts = [states(texts[i:i + size]) for i in range(0, len(texts), size)]
         return [torch.cat([rows for part in parts for rows in part[layer]]).half().float() for layer in range(2)]
 
     @torch.no_grad()
@@ -104,6 +106,7 @@ def test_extraction(beside, movies, tmp_path, peer, goal):
                 features = [{"token": word, "layers": [{"index": layer, "values": [round(v, 8) for v in rows[i]]} for layer, rows in zip(LAYERS, parts, strict=True)]}
                             for i, word in enumerate(words[:len(parts[0])])]
                 file.write(json.dumps({"linex_index": at, "features": features}) + "\n")
+
     def same(mine, other):
         if other is None:
             lines = (tmp_path / "theirs.json").read_text().splitlines()
@@ -114,7 +117,8 @@ def test_extraction(beside, movies, tmp_path, peer, goal):
         return f"{len(mine[0]):,} states a layer, {apart:.2%} apart"
 
     theirs = json_lines if "JSON" in peer else lambda: batched(1 if peer.startswith("one") else 32)
-    beside(f"extraction of 2 layers, {len(texts)} sentences", peer, ours, theirs, goal, same)
+    beside(f"extraction of 2 layers, {len(texts)} sentences, {precision}", peer, ours, theirs, goal, same,
+           peer_rounds=1 if "JSON" in peer else 3, peer_warm_up=0 if "JSON" in peer else 1)
 
 
 # --- salience -----------------------------------------------------------------------------------------------------
