@@ -160,6 +160,19 @@ def test_without_padding_the_decoder_gives_what_pytorchs_own_gives_with_padding(
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
+def test_products_have_few_sizes_whatever_the_number_of_states(tiny_acts):
+    model = clvq.CLVQVAE(WIDTH, WIDTH, 0, 1, "", model_settings())
+    met = set()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_pre_hook(lambda _, args: met.add(len(args[0])))
+    for n in range(1, 100):
+        x = torch.randn(n, WIDTH)
+        out = model(x, torch.tensor([n]))
+        assert len(out.encoded) == len(out.reconstruction) == len(out.quantized.codes) == n
+    assert met == {32, 64, 96, 128}  # each size that a CPU's products meet keeps memory
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_drops_each_number_with_its_chance_alone_and_keeps_the_mean(p, dtype):
