@@ -157,7 +157,8 @@ def test_salience_beside_captum(beside, movies):
         assert apart < 1e-3, apart
         return f"{len(mine):,} attributions, at most {apart:.0e} apart"
 
-    beside("integrated gradients at layer 4, 16 points, 100 sentences", "captum LayerIntegratedGradients, in batches", ours, theirs, 1.5, same)
+    beside("integrated gradients at layer 4, 16 points, 100 sentences", "captum LayerIntegratedGradients, in batches", ours, theirs, 1.5, same,
+           rounds=1)
 
 
 def test_salience_beside_500_steps(beside, movies):
