@@ -521,8 +521,10 @@ def best_device() -> torch.device:
 
 
 def ranks() -> tuple[int, int]:
-    """Which of how many processes that train together this is; (0, 1) where it trains alone. They are started by ``accelerate launch``."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+    """Which of how many processes that train together this is; (0, 1) where it trains alone. They are started by ``accelerate launch``,
+    which sets how they meet; clusters set WORLD_SIZE for a process that is alone, too."""
+    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
+    if started and not torch.distributed.is_initialized():
         from accelerate import PartialState
 
         PartialState()                                                                      # chooses device and backend
@@ -1535,12 +1537,12 @@ def seed_centres(x: Float[Tensor, "N D"], k: int, generator: torch.Generator) ->
     """Greedy k-means++ (Arthur & Vassilvitskii 2007): each centre is the best of 2 + log k candidates drawn by squared distance."""
     trials = 2 + int(math.log(k))
     squares = x.square().sum(1)
-    chosen = torch.randint(len(x), (1,), generator=generator)
+    chosen = torch.randint(len(x), (1,), generator=generator).to(x.device)
     closest = nearest(x, x[chosen])[1]                                                      # (N,) squared distance to the nearest so far
     centres = [chosen]
     for _ in range(k - 1):
         cumulative = closest.double().cumsum(0)
-        draw = torch.rand(trials, generator=generator, dtype=torch.float64) * cumulative[-1]
+        draw = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, draw).clamp_max_(len(x) - 1)
         gap = torch.addmm(squares[candidates], x, x[candidates].T, alpha=-2).add_(squares[:, None]).clamp_min_(0)
         gap = torch.minimum(gap, closest[:, None])                                          # (N, trials)
@@ -1582,24 +1584,24 @@ def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, genera
                    rows: Int[Tensor, "n"] | None = None) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
     """First codes and how many of the rows (none: all) each has. Equation 2: a spherical centre times the mean length of its rows, of all
     rows if it has none. Centres are learnt from at most `POINTS` rows a code. ValueError if there are fewer rows than codes."""
-    k, rows = settings.n_codes, torch.arange(len(states)) if rows is None else rows
+    k, device, rows = settings.n_codes, best_device(), torch.arange(len(states)) if rows is None else rows
     if len(rows) < k:
         raise ValueError(f"n_codes={k} is more than the {len(rows)} training states; lower n_codes or take more text")
     if settings.start == "random":
-        codes = states[rows[torch.randperm(len(rows), generator=generator)[:k]]].float()
+        codes = states[rows[torch.randperm(len(rows), generator=generator)[:k]]].float().to(device)
     else:
         most = max(k, min(POINTS * k, NUMBERS // states.shape[1]))
         chosen = rows if len(rows) <= most else rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
-        codes = kmeans(states[chosen].float(), k, settings.start_iterations, generator, settings.start == "spherical")[0]
-    counts, lengths = torch.zeros(k), torch.zeros(k)
+        codes = kmeans(states[chosen].to(device).float(), k, settings.start_iterations, generator, settings.start == "spherical")[0]
+    counts, lengths = torch.zeros(2, k, device=device)
     for block in blocks(states, rows):
-        norms = block.norm(dim=1)
+        block = block.to(device)
         labels = nearest(F.normalize(block, dim=1) if settings.start == "spherical" else block, codes)[0]
         counts += labels.bincount(minlength=k)
-        lengths.index_add_(0, labels, norms)
+        lengths.index_add_(0, labels, block.norm(dim=1))
     if settings.start == "spherical":
         codes = codes * torch.where(counts > 0, lengths / counts.clamp_min(1), lengths.sum() / len(rows))[:, None]
-    return codes, counts
+    return codes.cpu(), counts.cpu()
 
 
 # ======================================================================================================
@@ -2014,9 +2016,12 @@ def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, 
     """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over states, and how many codes were drawn.
 
     Processes that train together share out the sentences of each batch (one of fewer sentences than processes is left out), and take
-    the step and the averages of the whole batch. FloatingPointError if the loss is not finite.
+    the step and the averages of the whole batch. FloatingPointError if the loss is not finite, ValueError if no batch has a sentence
+    for each process.
     """
     (rank, world), device = ranks(), model.vectors.device
+    if world > (largest := min(config.batch_sentences, len(sentences))):
+        raise ValueError(f"{world} processes cannot share batches of {largest} sentences; start at most {largest}")
     total = torch.zeros(3, dtype=torch.float64, device=device)                              # loss, error, states
     used = torch.zeros(len(model.vectors), device=device)
     order = torch.Generator().manual_seed(int(hash_text(config.seed, epoch)[:15], 16))

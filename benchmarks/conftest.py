@@ -27,6 +27,8 @@ import clvq_core as clvq
 PAGE = Path(__file__).resolve().parents[1] / "book" / "benchmarks.md"
 PEERS = ["torch", "transformers", "vector-quantize-pytorch", "scikit-learn", "faiss-cpu", "captum", "sae-lens"]
 THREADS = int(os.environ.get("BENCH_THREADS", "2"))
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+WHERE = {"cpu": "", "cuda": ", on the GPU"}
 TABLES: dict[str, list[dict]] = {}
 torch.set_num_threads(THREADS)
 
@@ -42,8 +44,12 @@ class Measured:
 
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """How many MiB the memory of the process rises above what it needs now, looked at 200 times a second; in a list, once it is left."""
+    """How many MiB the memory of the process, and of its GPU, rises above what it needs now, the former looked at 200 times a second; in a
+    list, once it is left."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        on_gpu = torch.cuda.memory_allocated()
     if platform.system() == "Linux":
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before does not count as there already
     process, found, done = psutil.Process(), [], threading.Event()
@@ -66,11 +72,23 @@ def peak_memory() -> Iterator[list[float]]:
     finally:
         done.set()
         watcher.join()
-        found.append((peak - before) / 2**20)
+        found.append((peak - before + (torch.cuda.max_memory_allocated() - on_gpu if torch.cuda.is_available() else 0)) / 2**20)
+
+
+def to_the_end(function: Callable[[], Any]) -> Callable[[], Any]:
+    """The function, which waits for a GPU to have done what it was told."""
+
+    def run() -> Any:
+        result = function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return result
+
+    return run
 
 
 def timed(function: Callable[[], Any], rounds: int, warm_up: int) -> Measured:
-    times = []
+    times, function = [], to_the_end(function)
     with peak_memory() as mib:
         for _ in range(warm_up + rounds):
             began = time.perf_counter()
@@ -89,7 +107,7 @@ def beside(benchmark):
     def compare(step: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any], goal: float | None, same: Callable[[Any, Any], str],
                 rounds: int = 3, warm_up: int = 1, peer_rounds: int | None = None, peer_warm_up: int | None = None) -> Measured:
         with peak_memory() as mib:
-            result = benchmark.pedantic(ours, rounds=rounds, warmup_rounds=warm_up)
+            result = benchmark.pedantic(to_the_end(ours), rounds=rounds, warmup_rounds=warm_up)
         mine = Measured(benchmark.stats.stats.median, mib[0], result)
         other = timed(theirs, peer_rounds or rounds, warm_up if peer_warm_up is None else peer_warm_up)
         row = {"step": step, "beside": peer, "here, s": f"{mine.seconds:.3g}", "there, s": f"{other.seconds:.3g}",
@@ -123,25 +141,29 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {THREADS} threads, {memory:.0f} GiB of memory; {gpu}"
 
 
+RATES: dict[str, float] = {}
+"""FLOP a second of training and of reading a language model, and how much of the machine's limit the former is."""
+
+
 def plan(tokens: float = 1e8) -> list[dict]:
-    """What 100 million tokens would take, from what was measured: the rate of the training step, and the sizes of models."""
-    rate = float(TABLES["A training step"][0]["GFLOP a second"].replace(",", "")) * 1e9
-    share = float(TABLES["A training step"][0]["of the limit"].rstrip("%")) / 100
+    """What 100 million tokens would take, from what was measured: the rates of reading and of training, and the sizes of models."""
     rows = []
-    for name, width, codes, layers in (("all-MiniLM-L6", 384, 400, 2), ("RoBERTa-base", 768, 400, 6), ("LLaMA-2-7b", 4096, 16384, 6)):
+    for name, read, width, codes, layers in (("all-MiniLM-L6", 10.6e6, 384, 400, 2), ("RoBERTa-base", 85e6, 768, 400, 6),
+                                             ("LLaMA-2-7b", 6.5e9, 4096, 16384, 6)):
         weights = 2 * width**2 + layers * (8 * width**2 + 2 * width * 2048)
-        operations = tokens * (6 * weights + 2 * codes * width)
+        reading, training = tokens * 2 * read, tokens * (6 * weights + 2 * codes * width)
+        gpus = 8 * 4e14 * RATES["share"] * 60
         rows.append({"model": name, "width": f"{width:,}", "codes": f"{codes:,}", "decoder layers": str(layers),
-                     "two layers on disk, GB": f"{tokens * width * 4 / 1e9:,.0f}", "an epoch, PFLOP": f"{operations / 1e15:,.0f}",
-                     "here, days an epoch": f"{operations / rate / 86400:,.1f}",
-                     "8 accelerators of 400 TFLOP/s each, hours an epoch": f"{operations / (8 * 4e14 * share) / 3600:,.2f}",
-                     "reading at 2 GB/s, hours": f"{tokens * width * 4 / 2e9 / 3600:,.2f}"})
+                     "two layers on disk, GB": f"{tokens * width * 4 / 1e9:,.0f}", "reading the model, PFLOP": f"{reading / 1e15:,.3g}",
+                     "an epoch, PFLOP": f"{training / 1e15:,.3g}", "here: reading, days": f"{reading / RATES['reading'] / 86400:,.3g}",
+                     "an epoch, days": f"{training / RATES['training'] / 86400:,.3g}", "8 accelerators: reading, min": f"{reading / gpus:,.2g}",
+                     "an epoch, min": f"{training / gpus:,.2g}", "an epoch's states at 2 GB/s, min": f"{tokens * width * 4 / 2e9 / 60:,.2g}"})
     return rows
 
 
 NOTES = {
     "Beside others": "Both in one run, on the same data, after warming up; seconds are the median of the repeats; memory is how far that of "
-                     "the process rose. What was compared before the times were, and how equal it was, stands in the last column.",
+                     "the process rose, with its GPU's if it runs there. What was compared before the times were, and how equal it was, stands in the last column.",
     "A training step": "At the shape of the paper's ERASER data. The limit is what a product of two bfloat16 matrices of the decoder's "
                        "shapes reaches on the same machine in the same minute.",
     "Cost by size": "States of width 384, made for this, in sentences like the paper's; the settings of laptop scale, but for 64 codes and a decoder of one small layer, so that reading counts; one epoch. Memory is the process's own, without what is mapped from disk.",
@@ -149,15 +171,16 @@ NOTES = {
                         "mapped from disk.",
     "Many codes": "One step of the quantiser on 4,096 states of LLaMA-2-7b's width.",
     "Precision": "The same training in bfloat16 and in float32, over seeds.",
-    "A plan for 100 million tokens": "Calculated, not measured: the step's rate above, and for accelerators the same share of their limit. The summary and "
-                                     "the words' states of two layers in half precision are read once an epoch, in stretches of sentences (`read_together`).",
+    "A plan for 100 million tokens": "Calculated, not measured: the rates of extraction and of the training step above, and for accelerators of "
+                                     "400 TFLOP/s each the step's share of their limit. States of two layers lie on disk in half precision and are "
+                                     "read once an epoch, in stretches of sentences (`read_together`).",
     "From the command line": "Each in a process of its own, the last but for its first text.",
 }
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write the page, if all of it was measured."""
-    if "A training step" in TABLES:
+    if {"training", "reading"} <= set(RATES):
         TABLES["A plan for 100 million tokens"] = plan()
     if exitstatus or session.config.option.keyword or session.config.option.collectonly or not set(NOTES) <= set(TABLES):
         return

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from conftest import timed
+from conftest import DEVICES, WHERE, timed
 from vector_quantize_pytorch import VectorQuantize
 
 import clvq_core as clvq
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("k", [400, 4096])
 @pytest.mark.parametrize("n", [1000, 4000, 32000])
-def test_quantiser(beside, n, k):
+def test_quantiser(beside, n, k, device):
     config = clvq.configure("paper", n_codes=k, top_k=1)
     q = clvq.Quantizer(768, config.subset(clvq.ModelSettings)).train()
     q.start(torch.randn(k, 768), torch.full((k,), 100.0))
@@ -19,7 +20,7 @@ def test_quantiser(beside, n, k):
     other._codebook.embed_avg.copy_(q.sums[None])
     other._codebook.cluster_size.copy_(q.counts[None])
     other._codebook.initted.fill_(True)
-    z = torch.randn(n, 768)
+    q, other, z = q.to(device), other.to(device), torch.randn(n, 768, device=device)
 
     @torch.no_grad()
     def ours():
@@ -36,7 +37,7 @@ def test_quantiser(beside, n, k):
         assert share > 0.99
         return f"{share:.2%} of codes the same"
 
-    beside(f"quantiser, N {n:,}, K {k:,}", "vector-quantize-pytorch", ours, theirs, 1, same, rounds=7 if n * k < 1e8 else 3)
+    beside(f"quantiser, N {n:,}, K {k:,}{WHERE[device]}", "vector-quantize-pytorch", ours, theirs, 1, same, rounds=7 if n * k < 1e8 else 3)
 
 
 @pytest.mark.parametrize(("n", "k", "width"), [(4096, 16384, 4096)])

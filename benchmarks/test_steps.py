@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import LayerIntegratedGradients
+from conftest import DEVICES, RATES, WHERE
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 from sklearn.cluster import KMeans
@@ -21,9 +22,9 @@ LAYERS = [4, 6]
 
 @pytest.fixture(scope="module")
 def movies():
-    """The embedded model and 400 sentences."""
+    """The embedded model and 256 sentences."""
     pipeline = clvq.Pipeline(clvq.configure("smoke"))
-    return clvq.load_language_model("minilm", pipeline.label_names, seed=0), pipeline.train["text"].tolist()[:400]
+    return clvq.load_language_model("minilm", pipeline.label_names, seed=0), pipeline.train["text"].tolist()[:256]
 
 
 # --- k-means ------------------------------------------------------------------------------------------------------
@@ -42,13 +43,13 @@ def mean_cosine(x, centres):
     return torch.cat([(part @ unit.T).amax(1) for part in x.split(8192)]).mean().item()
 
 
-@pytest.mark.parametrize("peer", ["scikit-learn KMeans on unit vectors", "faiss Kmeans(spherical=True)"])
-def test_kmeans(beside, on_the_sphere, peer):
-    x, k, iterations = on_the_sphere, 400, 25
-    rows = x.numpy()
+@pytest.mark.parametrize(("peer", "device"), [("scikit-learn KMeans on unit vectors", device) for device in DEVICES] + [("faiss Kmeans(spherical=True)", "cpu")])
+def test_kmeans(beside, on_the_sphere, peer, device):
+    x, k, iterations = on_the_sphere, 400, 15
+    rows, placed = x.numpy(), x.to(device)
 
     def ours():
-        return clvq.kmeans(x, k, iterations, torch.Generator().manual_seed(0), spherical=True)[0]
+        return clvq.kmeans(placed, k, iterations, torch.Generator().manual_seed(0), spherical=True)[0].cpu()
 
     def sklearns():
         return KMeans(k, init="k-means++", n_init=1, max_iter=iterations, tol=0, random_state=0).fit(rows).cluster_centers_
@@ -63,7 +64,7 @@ def test_kmeans(beside, on_the_sphere, peer):
         assert a > b * 0.995, (a, b)
         return f"mean cosine {a:.4f} and {b:.4f}"
 
-    beside("spherical k-means++, 81,456 x 768, K 400", peer, ours, sklearns if "scikit" in peer else faisss, 2 if "scikit" in peer else None, same,
+    beside(f"spherical k-means++, 81,456 x 768, K 400{WHERE[device]}", peer, ours, sklearns if "scikit" in peer else faisss, 2 if "scikit" in peer else None, same,
            rounds=1, warm_up=0)
 
 
@@ -117,8 +118,9 @@ def test_extraction(beside, movies, tmp_path, peer, goal, precision):
         return f"{len(mine[0]):,} states a layer, {apart:.2%} apart"
 
     theirs = json_lines if "JSON" in peer else lambda: batched(1 if peer.startswith("one") else 32)
-    beside(f"extraction of 2 layers, {len(texts)} sentences, {precision}", peer, ours, theirs, goal, same,
-           peer_rounds=1 if "JSON" in peer else 3, peer_warm_up=0 if "JSON" in peer else 1)
+    mine = beside(f"extraction of 2 layers, {len(texts)} sentences, {precision}", peer, ours, theirs, goal, same,
+                  peer_rounds=1 if "JSON" in peer else 3, peer_warm_up=0 if "JSON" in peer else 1)
+    RATES["reading"] = 2 * lm.block_weights * len(clvq.encode(lm, texts, config).ids) / mine.seconds  # float32: of the last of these
 
 
 # --- salience -----------------------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ def test_salience_beside_captum(beside, movies):
 
 def test_salience_beside_500_steps(beside, movies):
     lm, texts = movies
-    texts, layer = texts[:20], 4
+    texts, layer = texts[:16], 4
     config = clvq.configure("laptop")
 
     def ours():

@@ -55,8 +55,18 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path, more):
     assert torch.isfinite(one["loss"]).all() and one["loss"][-1] < one["loss"][0]
 
 
-def test_one_process_is_alone():
+@pytest.mark.parametrize("size", [None, "4"])
+def test_one_process_is_alone(monkeypatch, size):
+    if size:  # a cluster's, without a word of where the others are
+        monkeypatch.setenv("WORLD_SIZE", size)
     assert clvq.ranks() == (0, 1)
     total = torch.ones(3)
     clvq.sum_over_ranks(total)
     assert torch.equal(total, torch.ones(3))
+
+
+def test_more_processes_than_sentences_in_a_batch_are_refused(monkeypatch, synthetic):
+    monkeypatch.setattr(clvq, "ranks", lambda: (0, 9))
+    config = clvq.configure("smoke", n_codes=12, epochs=1, batch_sentences=8)
+    with pytest.raises(ValueError, match="9 processes cannot share batches of 8 sentences; start at most 8"):
+        clvq.train(synthetic(sentences=60), config, (0, 1))
