@@ -56,7 +56,7 @@ import traceback
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache
@@ -1373,18 +1373,23 @@ class Activations:
         """For each batch of sentences: their states of each layer in float32, one sentence after the other without padding, and their
         lengths. `POOL` batches are read at once, in the order of the disk, while those before are computed on."""
 
-        def read(pool: Sequence[Int[Tensor, "B"]]) -> tuple[list[Tensor], Int[Tensor, "s"]]:
-            sentences = torch.cat(list(pool)).sort().values
-            states = [self.states[layer][self.rows(sentences)] for layer in layers]
-            return [part.pin_memory() if device.type == "cuda" else part for part in states], sentences
+        def read(rows: Int[np.ndarray, "n"]) -> list[Tensor]:
+            # by NumPy: PyTorch would start threads for this one too, and where OpenMP has more than cores it lets none wait awake
+            states = [torch.from_numpy(self.states[layer].numpy()[rows]) for layer in layers]
+            return [part.pin_memory() if device.type == "cuda" else part for part in states]
 
         pools = [batches[i:i + POOL] for i in range(0, len(batches), POOL)]
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(read, pools[0]) if pools else None
+            def begin(pool: Sequence[Int[Tensor, "B"]]) -> tuple[Int[Tensor, "s"], Future[list[Tensor]]]:
+                sentences = torch.cat(list(pool)).sort().values
+                return sentences, reader.submit(read, self.rows(sentences).numpy())
+
+            coming = [begin(pool) for pool in pools[:1]]
             for i, pool in enumerate(pools):
-                states, sentences = coming.result()                                         # type: ignore[union-attr]
-                coming = reader.submit(read, pools[i + 1]) if i + 1 < len(pools) else None
-                offsets, states = F.pad(self.lengths[sentences].cumsum(0), (1, 0)), [part.to(device, non_blocking=True) for part in states]
+                sentences, reading = coming.pop()
+                states = [part.to(device, non_blocking=True) for part in reading.result()]
+                coming += [begin(pool) for pool in pools[i + 1:i + 2]]
+                offsets = F.pad(self.lengths[sentences].cumsum(0), (1, 0))
                 for batch in pool:
                     rows, mask = pad_rows(offsets, torch.searchsorted(sentences, batch))
                     own = rows[mask].to(device, non_blocking=True)
