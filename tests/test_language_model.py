@@ -8,6 +8,7 @@ from pathlib import Path
 import captum.attr
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -407,6 +408,19 @@ def test_a_stream_of_batches_gives_each_its_own_rows_over_many_pools(tiny_acts):
         for layer, part in zip((1, 0), states, strict=True):
             assert torch.equal(part, tiny_acts.states[layer][rows].float())
     assert list(tiny_acts.stream([], [0], torch.device("cpu"))) == []
+
+
+def test_reading_starts_one_thread_and_none_of_openmp(synthetic):
+    """OpenMP lets no thread wait awake once there are more than cores, and then every operation of a training step takes longer."""
+    acts, before = synthetic(sentences=20_000), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        torch.ones(2**22).mul(2)  # the threads of this thread
+        known = psutil.Process().num_threads()
+        seen = [psutil.Process().num_threads() for _ in acts.stream(torch.arange(20_000).split(1000), (0, 1), torch.device("cpu"))]
+    finally:
+        torch.set_num_threads(before)
+    assert max(seen) <= known + 1
 
 
 @pytest.mark.parametrize("together", [1, 8, 1000])
