@@ -168,7 +168,7 @@ NOTES = {
                        "shapes reaches on the same machine in the same minute.",
     "Cost by size": "States of width 384, made for this, in sentences like the paper's; the settings of laptop scale, but for 64 codes and a decoder of one small layer, so that reading counts; one epoch. Memory is the process's own, without what is mapped from disk.",
     "More than memory": "A process that may not have more memory of its own than the limit trains on states that are more; they are "
-                        "mapped from disk.",
+                        "mapped from disk. The first row's process also runs the other benchmarks, the second's nothing else.",
     "Many codes": "One step of the quantiser on 4,096 states of LLaMA-2-7b's width.",
     "Precision": "The same training in bfloat16 and in float32, over seeds.",
     "A plan for 100 million tokens": "Calculated, not measured: the rates of extraction and of the training step above, and for accelerators of "
