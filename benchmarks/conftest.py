@@ -153,11 +153,12 @@ def plan(tokens: float = 1e8) -> list[dict]:
         weights = 2 * width**2 + layers * (8 * width**2 + 2 * width * 2048)
         reading, training = tokens * 2 * read, tokens * (6 * weights + 2 * codes * width)
         gpus = 8 * 4e14 * RATES["share"] * 60
+        figures = {"reading the model, PFLOP": reading / 1e15, "an epoch, PFLOP": training / 1e15, "here: reading, days": reading / RATES["reading"] / 86400,
+                   "an epoch, days": training / RATES["training"] / 86400, "8 accelerators: reading, min": reading / gpus,
+                   "an epoch, min": training / gpus, "an epoch's states at 2 GB/s, min": tokens * width * 4 / 2e9 / 60}
         rows.append({"model": name, "width": f"{width:,}", "codes": f"{codes:,}", "decoder layers": str(layers),
-                     "two layers on disk, GB": f"{tokens * width * 4 / 1e9:,.0f}", "reading the model, PFLOP": f"{reading / 1e15:,.3g}",
-                     "an epoch, PFLOP": f"{training / 1e15:,.3g}", "here: reading, days": f"{reading / RATES['reading'] / 86400:,.3g}",
-                     "an epoch, days": f"{training / RATES['training'] / 86400:,.3g}", "8 accelerators: reading, min": f"{reading / gpus:,.2g}",
-                     "an epoch, min": f"{training / gpus:,.2g}", "an epoch's states at 2 GB/s, min": f"{tokens * width * 4 / 2e9 / 60:,.2g}"})
+                     "two layers on disk, GB": f"{tokens * width * 4 / 1e9:,.0f}",
+                     **{name: f"{figure:,.0f}" if figure >= 10 else f"{figure:.2g}" for name, figure in figures.items()}})
     return rows
 
 
