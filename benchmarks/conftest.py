@@ -110,9 +110,9 @@ def beside(benchmark):
             result = benchmark.pedantic(to_the_end(ours), rounds=rounds, warmup_rounds=warm_up)
         mine = Measured(benchmark.stats.stats.median, mib[0], result)
         other = timed(theirs, peer_rounds or rounds, warm_up if peer_warm_up is None else peer_warm_up)
-        row = {"step": step, "beside": peer, "here, s": f"{mine.seconds:.3g}", "there, s": f"{other.seconds:.3g}",
-               "times as fast": f"{other.seconds / mine.seconds:.3g}", "goal": f"{goal:g}" if goal else "–",
-               "memory here, MiB": f"{mine.mib:,.0f}", "memory there, MiB": f"{other.mib:,.0f}", "the same": same(mine.result, other.result)}
+        row = {"times as fast": f"{other.seconds / mine.seconds:.3g}", "goal": f"{goal:g}" if goal else "–", "step": step, "beside": peer,
+               "here, s": f"{mine.seconds:.3g}", "there, s": f"{other.seconds:.3g}", "the same": same(mine.result, other.result),
+               "memory here, MiB": f"{mine.mib:,.0f}", "memory there, MiB": f"{other.mib:,.0f}"}
         benchmark.extra_info.update(row)
         TABLES.setdefault("Beside others", []).append(row)
         print("\n" + ", ".join(f"{k}: {v}" for k, v in row.items()))
@@ -164,7 +164,7 @@ def plan(tokens: float = 1e8) -> list[dict]:
 
 NOTES = {
     "Beside others": "Both in one run, on the same data, after warming up; seconds are the median of the repeats; memory is how far that of "
-                     "the process rose, with its GPU's if it runs there. What was compared before the times were, and how equal it was, stands in the last column.",
+                     "the process rose, with its GPU's if it runs there. “the same” says what was compared before the times were, and how equal it was.",
     "A training step": "At the shape of the paper's ERASER data. The limit is what a product of two bfloat16 matrices of the decoder's "
                        "shapes reaches on the same machine in the same minute.",
     "Cost by size": "States of width 384, made for this, in sentences like the paper's; the settings of laptop scale, but for 64 codes and a decoder of one small layer, so that reading counts; one epoch. Memory is the process's own, without what is mapped from disk.",
