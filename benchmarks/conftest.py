@@ -163,10 +163,10 @@ def plan(tokens: float = 1e8) -> list[dict]:
 
 
 NOTES = {
-    "Beside others": "Both in one run, on the same data, after warming up; seconds are the median of the repeats; memory is how far that of "
+    "Beside others": "Both in one run, on the same data, after warming up; seconds are the median of the repeats, of which long steps have one; memory is how far that of "
                      "the process rose, with its GPU's if it runs there. “the same” says what was compared before the times were, and how equal it was.",
     "A training step": "At the shape of the paper's ERASER data. The limit is what a product of two bfloat16 matrices of the decoder's "
-                       "shapes reaches on the same machine in the same minute.",
+                       "shapes reaches on the same machine in the same minute. Epochs are calculated from the step.",
     "Cost by size": "States of width 384, made for this, in sentences like the paper's; the settings of laptop scale, but for 64 codes and a decoder of one small layer, so that reading counts; one epoch. Memory is the process's own, without what is mapped from disk.",
     "More than memory": "A process that may not have more memory of its own than the limit trains on states that are more; they are "
                         "mapped from disk. The first row's process also runs the other benchmarks, the second's nothing else.",
