@@ -59,6 +59,7 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path, more):
 def test_one_process_is_alone(monkeypatch, size):
     if size:  # a cluster's, without a word of where the others are
         monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("LOCAL_RANK", "0")
     assert clvq.ranks() == (0, 1)
     total = torch.ones(3)
     clvq.sum_over_ranks(total)
