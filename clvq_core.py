@@ -1238,12 +1238,17 @@ def only_blocks(lm: LanguageModel, first: int, last: int) -> Iterator[None]:
             config.layer_types = kinds
 
 
+NORM_AFTER_ATTENTION = {"bert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"}
+"""Families whose blocks end attention with a norm, the first of the block, after which positions do not meet again."""
+
+
 @contextmanager
 def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Float[Tensor, "B T D"], Bool[Tensor, "B T"]], Float[Tensor, "B C"]]]:
     """Inside, the model has only the blocks above a layer; what comes with it gives the logits of states put in there.
 
     The blocks, head and arithmetic are the model's own, so that states put in at their layer give its own logits. What its
-    embeddings say is thrown away before the first block that is left, so it does not matter how it makes them.
+    embeddings say is thrown away before the first block that is left, so it does not matter how it makes them. Where the block's
+    build allows it (`NORM_AFTER_ATTENTION`), the last block's feed-forward part works on the summary alone, as the head reads no more.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -1259,7 +1264,11 @@ def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Float[Tens
 
     with only_blocks(lm, layer, n_layers), ExitStack() as after:
         if layer < n_layers:
-            after.callback(getattr(owner, name)[0].register_forward_pre_hook(replace_input, with_kwargs=True).remove)
+            blocks, settings = getattr(owner, name), lm.model.config
+            after.callback(blocks[0].register_forward_pre_hook(replace_input, with_kwargs=True).remove)
+            if settings.model_type in NORM_AFTER_ATTENTION and not getattr(settings, "chunk_size_feed_forward", 0):
+                norm = next(module for module in blocks[-1].modules() if isinstance(module, nn.LayerNorm))
+                after.callback(norm.register_forward_hook(lambda _, __, rows: rows[:, :1]).remove)
         else:                                                                               # nothing left to run but the head
             owner.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(
                 last_hidden_state=given["states"], hidden_states=(given["states"],))
@@ -3183,48 +3192,53 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
     seed, sentence, label, predicted, correct, flipped (not the model's own answer), confidence (change of the probability of the
     model's own answer), kl (nats, from the model's own distribution to the changed one).
     """
-    encoded, parts = encode(lm, texts, config), []
-    batches = length_batches(encoded.offsets.diff(), config.batch_tokens)
-    for method in tqdm(methods, desc="in the model", unit="method"):
-        trial.summaries(layer := method.layer)                                              # refuses a layer without states
-        found = trial.removals(method)
-        mean, _, word_mean = (part.to(lm.device) for part in trial.centre(layer))
-        noise = F.normalize(torch.randn(len(texts), len(mean), generator=trial.draw("in model")), dim=1)
-        names = ["concept", *(name for name in controls if name in found or name == "matched norm")]
-        own = torch.empty(len(texts), lm.model.config.num_labels)
-        logits = {(name, way, where): torch.empty_like(own) for name in names for way in ways for where in ("summary", "every position")}
-        for batch in batches:
-            ids, mask = pad_ids(lm, encoded, batch)
-            whole = own_positions(lm, encoded, batch)[..., None]
-            with autocast(lm.device, config.inference_precision):
-                state = layer_states(lm, [layer], ids, mask)[layer].float()                 # (B, T, D)
-                centre, at = word_mean.expand_as(state).clone(), lm.summary_at(mask)
-                centre[at] = mean
-                with blocks_above(lm, layer) as answer:
-                    own[batch] = answer(state, mask).cpu()
-                    for way in ways:
-                        for name in names:
-                            of = found["concept" if name == "matched norm" else name]
-                            removal = Removal(*(part[batch][:, None].to(lm.device) for part in of))
-                            new = remove(state, removal, way, centre)
+    encoded, tables = encode(lm, texts, config), {}
+    sentence = np.arange(len(texts))
+    with tqdm(total=len(methods) * len(texts), desc="in the model", unit="sentence", mininterval=1) as bar:
+        for layer in dict.fromkeys(method.layer for method in methods):
+            trial.summaries(layer)                                                          # refuses a layer without states
+            mean, _, word_mean = (part.to(lm.device) for part in trial.centre(layer))
+            noise = F.normalize(torch.randn(len(texts), len(mean), generator=trial.draw("in model")), dim=1)
+            own = torch.empty(len(texts), lm.model.config.num_labels)
+            removed, logits = {}, {}
+            for i, method in enumerate(methods):
+                if method.layer == layer:
+                    found = trial.removals(method)
+                    found["matched norm"] = found["concept"]                                # as far, but elsewhere
+                    removed[i] = {name: found[name] for name in dict.fromkeys(("concept", *controls)) if name in found}
+                    logits |= {(i, name, way, where): torch.empty_like(own)
+                               for name in removed[i] for way in ways for where in ("summary", "every position")}
+            for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
+                ids, mask = pad_ids(lm, encoded, batch)
+                whole = own_positions(lm, encoded, batch)[..., None]
+                with autocast(lm.device, config.inference_precision):
+                    state = layer_states(lm, [layer], ids, mask)[layer].float()             # (B, T, D)
+                    centre, at = word_mean.expand_as(state).clone(), lm.summary_at(mask)
+                    centre[at] = mean
+                    with blocks_above(lm, layer) as answer:
+                        own[batch] = answer(state, mask).cpu()
+                        for i, name, way in dict.fromkeys(key[:3] for key in logits):
+                            of = Removal(*(part[batch][:, None].to(lm.device) for part in removed[i][name]))
+                            new = remove(state, of, way, centre)
                             if name == "matched norm":
                                 new = state - (state - new).norm(dim=2, keepdim=True) * noise[batch][:, None].to(lm.device)
                             alone = state.clone()
                             alone[at] = new[at]
                             for where, x in (("summary", alone), ("every position", torch.where(whole, new, state))):
-                                logits[name, way, where][batch] = answer(x, mask).cpu()
-        before = own.log_softmax(1)
-        choice, sentence = before.argmax(1), np.arange(len(texts))
-        for (name, way, where), found_logits in logits.items():
-            after = found_logits.log_softmax(1)
-            predicted = after.argmax(1)
-            parts.append(pd.DataFrame({
-                "method": method.name, "layer": layer, "removed": name, "way": way, "where": where, "seed": trial.config.seed,
-                "sentence": sentence, "label": trial.labels.numpy(), "predicted": predicted.numpy(),
-                "correct": (predicted == trial.labels).numpy(), "flipped": (predicted != choice).numpy(),
-                "confidence": (after.exp() - before.exp())[sentence, choice].numpy(),
-                "kl": (before.exp() * (before - after)).sum(1).numpy()}))
-    return pd.concat(parts, ignore_index=True)
+                                logits[i, name, way, where][batch] = answer(x, mask).cpu()
+                bar.update(len(batch) * len(removed))
+            before = own.log_softmax(1)
+            choice = before.argmax(1)
+            for (i, name, way, where), found_logits in logits.items():
+                after = found_logits.log_softmax(1)
+                predicted = after.argmax(1)
+                tables[i, name, way, where] = pd.DataFrame({
+                    "method": methods[i].name, "layer": layer, "removed": name, "way": way, "where": where, "seed": trial.config.seed,
+                    "sentence": sentence, "label": trial.labels.numpy(), "predicted": predicted.numpy(),
+                    "correct": (predicted == trial.labels).numpy(), "flipped": (predicted != choice).numpy(),
+                    "confidence": (after.exp() - before.exp())[sentence, choice].numpy(),
+                    "kl": (before.exp() * (before - after)).sum(1).numpy()})
+    return pd.concat([tables[key] for key in sorted(tables, key=lambda key: key[0])], ignore_index=True)
 
 
 @torch.no_grad()

@@ -28,6 +28,16 @@ settings.register_profile("clvq", deadline=None, derandomize=True, max_examples=
 settings.load_profile("clvq")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """In several processes (-n) a file's tests stay together, where they do not say otherwise; what runs notebooks comes first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: "notebooks" not in item.keywords)
+        for item in items:
+            if not item.get_closest_marker("xdist_group"):
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def same_draws():
     """What a test draws from PyTorch's global state does not depend on the tests before it."""

@@ -37,6 +37,7 @@ SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, interme
 ENCODERS = {
     "Bert": ("wordpiece", SMALL),
     "Roberta": ("byte-level", {**SMALL, "max_position_embeddings": 84}),
+    "XLMRoberta": ("unigram", {**SMALL, "max_position_embeddings": 84}),
     "MPNet": ("wordpiece", {**SMALL, "max_position_embeddings": 84}),
     "DistilBert": ("wordpiece", {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 80}),
     "DebertaV2": ("unigram", {**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}),
@@ -173,6 +174,21 @@ def test_states_put_in_at_their_layer_give_the_models_own_answers(lm, layer):
             found = answer(state, mask)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(lm.model(input_ids=ids, attention_mask=mask.long()).logits, expected)
+
+
+def test_the_last_block_feeds_the_summary_alone_forward_where_the_head_reads_no_more(family, lm):
+    encoded = clvq.encode(lm, TEXTS, setup())
+    ids, mask = clvq.pad_ids(lm, encoded, torch.arange(len(TEXTS)))
+    found = []
+    with torch.no_grad():
+        state = clvq.layer_states(lm, [1], ids, mask)[1]
+        with clvq.blocks_above(lm, 1) as answer:
+            last = getattr(*lm.block_list())[-1]
+            hook = last.register_forward_hook(lambda _, __, out: found.append(out if isinstance(out, torch.Tensor) else out[0]))
+            answer(state, mask)
+            hook.remove()
+    before_attention = {"ModernBert", *DECODERS}  # the norms of these
+    assert [out.shape[1] for out in found] == [ids.shape[1] if family[0] in before_attention else 1]
 
 
 def test_states_are_those_the_model_reports(family, lm, tmp_path):
