@@ -3121,9 +3121,10 @@ def removal_curve(methods: Sequence[Any], trial: Trial, most: int = 16) -> pd.Da
                 away = v if way == "projection" or method.directions or name == "gaussian" else v - word_mean
                 left, basis, variants = h - origin, torch.empty(len(h), 0, h.shape[1]), {}
                 for n in range(rows.shape[1]):                                              # Gram-Schmidt: one more direction at a time
-                    new = away[:, n]
+                    new = away[:, n, None]                                                  # (S, 1, D)
                     for _ in range(2):                                                      # twice is enough (Giraud et al. 2005)
-                        new = new - torch.einsum("sn,snd->sd", torch.einsum("snd,sd->sn", basis, new), basis)
+                        new = torch.baddbmm(new, new @ basis.mT, basis, alpha=-1)
+                    new = new[:, 0]
                     known = new.norm(dim=1) < 1e-4 * away[:, n].norm(dim=1)                 # the same concept once more
                     new = F.normalize(new, dim=1) * (there[:, n] & ~known)[:, None]
                     basis, left = torch.cat([basis, new[:, None]], 1), ablate(left, new)

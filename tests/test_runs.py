@@ -47,9 +47,10 @@ def test_a_second_pipeline_finds_every_step_done_and_gives_the_same_numbers(pipe
     first = pipeline.faithfulness
     before = {path: path.stat().st_mtime_ns for path in pipeline.cache.glob("*/environment.json")}
     again = clvq.Pipeline(pipeline.config)
+    again.only_kept = True  # a step that is not there is an error; other tests may add their own meanwhile
     pd.testing.assert_frame_equal(again.faithfulness, first)
     pd.testing.assert_frame_equal(again.history, pipeline.history)
-    assert {path: path.stat().st_mtime_ns for path in pipeline.cache.glob("*/environment.json")} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_a_run_folder_holds_what_the_design_says_and_no_pickle(pipeline):
@@ -69,20 +70,22 @@ def test_a_seed_shares_model_and_states_but_not_the_codebook(pipeline):
     assert not torch.equal(other.clvqvae.vectors, pipeline.clvqvae.vectors)
 
 
-def test_trainings_from_the_same_states_share_their_start_and_it_is_what_training_alone_would_take(pipeline):
+def test_trainings_from_the_same_states_share_their_start_and_it_is_what_training_alone_would_take(pipeline, monkeypatch):
+    starts, start = [], clvq.start_codebook
+    monkeypatch.setattr(clvq, "start_codebook", lambda *given, **named: starts.append(given) or start(*given, **named))
     other = pipeline.changed(temperature=3.0)
     assert other.run_folder != pipeline.run_folder
-    starts = set(pipeline.cache.glob("start-*/start.safetensors"))
+    starts.clear()
     found = pipeline.changed(commitment=0.5)
     assert found.run_folder.is_dir()
-    assert set(pipeline.cache.glob("start-*/start.safetensors")) == starts
+    assert not starts
     alone, history = clvq.train(pipeline.activations("train"), found.config, found.layers)
     assert all(torch.equal(value, found.clvqvae.state_dict()[name]) for name, value in alone.state_dict().items())
     assert history["validation_loss"].tolist() == found.history["validation_loss"].tolist()
     for changed in (dict(seed=9), dict(n_codes=21), dict(start="random"), dict(train_share=0.9), dict(validation_share=0.3)):
-        before = set(pipeline.cache.glob("start-*/start.safetensors"))
+        starts.clear()
         assert pipeline.changed(**changed).run_folder.is_dir()
-        assert len(set(pipeline.cache.glob("start-*/start.safetensors")) - before) == 1, changed
+        assert len(starts) == 1, changed
 
 
 def test_the_concepts_of_the_pipeline_add_up_to_its_states(pipeline):
