@@ -80,7 +80,7 @@ smoke: .venv/.installed ## run every notebook at smoke scale in place: the outpu
 test: .venv/.installed ## check everything: ruff, then all tests (units, notebooks, book); PYTEST_ARGS='-k word' PROCESSES=3
 	$(call timed,test,ruff check,.venv/bin/ruff check .)
 	@echo "[test] pytest …"
-	@OMP_NUM_THREADS=1 .venv/bin/pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/pytest -n $(PROCESSES) --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Beside the environment, not in it, so that nothing else is run with these
 .venv/.bench: benchmarks/requirements.txt .venv/.installed

@@ -28,14 +28,25 @@ settings.register_profile("clvq", deadline=None, derandomize=True, max_examples=
 settings.load_profile("clvq")
 
 
-@pytest.hookimpl(tryfirst=True)
+FIRST = ["test_notebooks", "test_sweeps", "test_runs", "test_rating_page", "test_book"]
+"""Files that take longest: in several processes (-n) they begin first, so that all end together."""
+
+
 def pytest_collection_modifyitems(config, items):
-    """In several processes (-n) a file's tests stay together, where they do not say otherwise; what runs notebooks comes first."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: "notebooks" not in item.keywords)
-        for item in items:
-            if not item.get_closest_marker("xdist_group"):
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        items.sort(key=lambda item: [*FIRST, item.path.stem].index(item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay in one process, as they share fixtures; those that run notebooks share none."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if "test_notebooks.py" in nodeid else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
