@@ -13,6 +13,8 @@ pytestmark = pytest.mark.notebooks
 
 def run(*command: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "CLVQ_SCALE": "smoke", "PYTHONPATH": str(ROOT)}
+    if "PYTEST_XDIST_WORKER" in env:  # notebooks run side by side already
+        env["CLVQ_WORKERS"] = "0"
     return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
 
 
