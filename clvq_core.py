@@ -16,7 +16,7 @@ Read from top to bottom; nothing uses a name from a later section.
      4 corpora               8 codebook start           13 faithfulness
      5 language models       9 model                    15 runs
      6 activations          10 training                 16 human evaluation
-                            11 baselines                17 command line
+                            11 baselines
 
 Letters: B sentences in a batch, T positions, N real positions, D width, K codes, S sentences, F folds,
 C classes. Layers count as in ``hidden_states``: 0 is the embeddings, L the output of block L.
@@ -26,7 +26,6 @@ C classes. Layers count as in ``hidden_states``: 0 is the embeddings, L the outp
 # ======================================================================================================
 from __future__ import annotations
 
-import argparse
 import ast
 import atexit
 import ctypes
@@ -43,7 +42,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import shutil
 import sqlite3
 import subprocess
@@ -53,11 +51,10 @@ import tempfile
 import threading
 import time
 import traceback
-import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -82,8 +79,8 @@ __all__ = [
     "shift_test", "in_model", "summarise", "smallest_difference", "rationale_overlap", "planted_task", "causal_rank", "Pipeline",
     "concept_effects", "agreement", "top_words", "of_class", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep",
     "read_sweep", "seed_means", "means_text", "studies", "removal_table", "log_odds", "word_table", "surface_labels", "alignment",
-    "transitions", "draw_flow", "matched", "explorer", "outcomes", "make_study", "Study", "rater_agreement", "simulated_answers",
-    "items_needed", "RatingPage", "annotate",
+    "transitions", "draw_flow", "matched", "outcomes", "make_study", "read_study", "study_answers", "rater_agreement",
+    "simulated_answers", "items_needed",
 ]
 
 
@@ -2555,34 +2552,9 @@ class Explanation:
         lists = "".join(f"<details><summary>#{concept}, nearest in the training text</summary><ul>"
                         f"{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul></details>"
                         for concept, sentences in self.examples.items())
-        return (f'<p style="line-height: 1.8">{text}</p>{chances}{plain_html(self.table)}<p>{html.escape(self.note)}</p>{lists}')
-
-
-def plain_html(frame: pd.DataFrame) -> str:
-    """A table of HTML in which nothing is markup but its own, and nothing is cut."""
-    with pd.option_context("display.max_colwidth", None):
-        return frame.to_html(index=False, border=0, escape=True, justify="left").replace("<td>", '<td style="text-align: left">')
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto }}
-th, td {{ padding: .3rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #8884 }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-</body></html>
-"""
-
-
-def write_page(path: Path, title: str, body: str) -> Path:
-    """A page in one file, which needs no other. ``body`` is HTML."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: partial.write_text(PAGE.format(title=html.escape(title), body=body), "utf8"))
-    return path
+        with pd.option_context("display.max_colwidth", None):
+            table = self.table.to_html(index=False, border=0, justify="left")
+        return f'<p style="line-height: 1.8">{text}</p>{chances}{table}<p>{html.escape(self.note)}</p>{lists}'
 
 
 def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFrame:
@@ -2628,80 +2600,6 @@ def codebook_map(vectors: Float[Tensor, "K D"], seed: int = 42) -> Float[np.ndar
 
 PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")
 """Colours that can be told apart on light and dark ground, by colour-blind people too: seaborn's "colorblind"."""
-OPEN_CONCEPT = """
-const details = JSON.parse(document.getElementById("details").textContent), where = document.getElementById("concept");
-const add = (parent, tag, content) => parent.appendChild(Object.assign(document.createElement(tag), {textContent: content}));
-function show(concept) {
-    const of = details[concept];
-    if (!of) return;
-    where.replaceChildren();
-    add(where, "h2", "Concept #" + concept);
-    for (const [name, value] of Object.entries(of.facts)) {
-        const line = add(where, "p", "");
-        add(line, "strong", name + ": ");
-        line.append(value);
-    }
-    const list = add(where, "ul", "");
-    for (const sentence of of.examples) add(list, "li", sentence);
-    const near = add(where, "p", "Nearest codes: ");
-    for (const other of of.near) {
-        add(near, "button", "#" + other).addEventListener("click", () => show(other));
-        near.append(" ");
-    }
-    location.replace("#concept-" + concept);
-    where.scrollIntoView({block: "nearest"});
-}
-document.getElementById("map").on("plotly_click", event => show(event.points[0].customdata[0]));
-const chosen = event => { const row = event.target.closest("tbody tr"); if (row) show(row.cells[0].textContent); };
-const table = document.getElementById("concepts");
-table.addEventListener("click", chosen);
-table.addEventListener("keydown", event => { if (event.key === "Enter") chosen(event); });
-const reachable = () => table.querySelectorAll("tbody tr").forEach(row => row.tabIndex = 0);
-new MutationObserver(reachable).observe(table, {childList: true, subtree: true});
-if (location.hash.startsWith("#concept-")) show(location.hash.slice(9));
-const root = document.documentElement, night = matchMedia("(prefers-color-scheme: dark)");
-const dark = () => root.classList.toggle("dark", root.dataset.theme ? root.dataset.theme === "dark" : night.matches);
-new MutationObserver(dark).observe(root, {attributeFilter: ["data-theme"]});
-dark();
-"""
-
-
-def explorer(table: pd.DataFrame, about: str) -> str:
-    """HTML that needs no other file: a map of the codebook, and a table of its concepts to search, sort, filter and open.
-
-    ``table`` as of `Pipeline.explorer_table`, a row a concept; ``about`` is a line that says of what. By plotly and itables (DataTables).
-    """
-    import itables
-    import plotly.express as px
-    import plotly.offline
-    from itables.javascript import generate_init_offline_itables_html
-
-    shown = table[["concept", "words", "class", "purity", "states", "effect", "flipped", "stability"]].assign(
-        words=[", ".join(words.split(", ")[:5]) for words in table["words"]])
-    points = table.assign(size=np.sqrt(table["states"]), words=shown["words"].map(html.escape))
-    figure = px.scatter(points, x="x", y="y", color="class", size="size", size_max=18, hover_name="words", custom_data=["concept"],
-                        hover_data={"x": False, "y": False, "size": False, "effect": True, "states": True}, opacity=0.7,
-                        template="none", color_discrete_sequence=PALETTE, render_mode="svg")            # WebGL is not everywhere
-    figure.update_xaxes(visible=False).update_yaxes(visible=False)
-    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", margin=dict(l=0, r=0, t=0, b=0), height=480,
-                         font_color="#7f7f7f", legend=dict(orientation="h"))
-    details = {}
-    for row in table.to_dict("records"):
-        effect = "not in the evaluation sentences" if pd.isna(row["effect"]) else (
-            f"{row['effect']:+.4f} ({row['effect_low']:+.4f} to {row['effect_high']:+.4f}), other answer in {row['flipped']:.1%}")
-        steady = "–" if pd.isna(row["stability"]) else f"{row['stability']:.2f}" + (" (unstable)" if row["stability"] < 0.5 else "")
-        facts = {"Words": row["words"], "Class of most states": f"{row['class']} ({row['purity']:.0%} of {row['states']:,})",
-                 "Effect on the model's answer": effect, "Comes back with other seeds": steady}
-        details[str(row["concept"])] = {"facts": facts, "examples": list(row["examples"]), "near": list(map(int, row["near"]))}
-    packed = json.dumps(details, ensure_ascii=False).replace("<", "\\u003c")
-    said: Any = {"searchBuilder": {"title": {"0": "Filters", "_": "Filters (%d)"}, "add": "Add a filter"}, "lengthMenu": "_MENU_ a page"}
-    grid = itables.to_html_datatable(shown.astype(object).where(shown.notna(), ""), table_id="concepts", connected=False, showIndex=False,
-                                     layout={"top1": "searchBuilder"}, maxBytes=0, classes="display compact", language=said)
-    return (f"<p>{html.escape(about)}</p><script>{plotly.offline.get_plotlyjs()}</script>"
-            f"{figure.to_html(full_html=False, include_plotlyjs=False, div_id='map', config={'displayModeBar': False})}"
-            '<section id="concept" aria-live="polite"><p>Choose a point of the map, or a row of the table (Enter opens it).</p></section>'
-            f"{generate_init_offline_itables_html(itables.options.dt_bundle)}{grid}"
-            f'<script type="application/json" id="details">{packed}</script><script>{OPEN_CONCEPT}</script>')
 
 
 def cloud_font(words: Iterable[str]) -> str:
@@ -4109,29 +4007,11 @@ class Pipeline:
                              stability=self.stability)
         return self.concepts.merge(table, on="concept").sort_values("effect", kind="stable", ignore_index=True)
 
-    def write_report(self, path: Path, most: int = 100) -> Path:
-        """The report as one file of HTML that needs no other: the ``most`` first of its concepts."""
-        top, (source, target) = self.report.head(most), self.layers
-        bounds = zip(top["effect"], top["effect_low"], top["effect_high"], strict=True)
-        interval = [f"{mean:+.4f}" + ("" if math.isnan(low) else f" ({low:+.4f} to {high:+.4f})") for mean, low, high in bounds]
-        table = pd.DataFrame({
-            "concept": top["concept"].map("#{}".format), "words": top["words"], "sentences": top["sentences"],
-            "effect (95 % interval)": interval,
-            "class": of_class(top["label"], top["purity"]),
-            "answers changed": top["flipped"].map("{:.1%}".format), "stability": top["stability"].map("{:.2f}".format).replace("nan", "–"),
-            "training text": top["examples"].map(" | ".join)})
-        facts = (f"Model {Path(self.config.model).name}, data {self.corpus.attrs['name']}, layers {source} to {target}. "
-                 f"The classifier is right on {self.accuracy:.3f} of {len(self.test):,} sentences. Effect: change of the probability "
-                 "of the model's own answer when the concept is removed from each position of a sentence that has it, around the "
-                 "mean, less that of random ones in the same sentence. Stability: how far it comes back with other seeds (1: in "
-                 "full). Class: that of most states.")
-        return write_page(path, f"Concepts of {Path(self.config.model).name} on {self.corpus.attrs['name']}",
-                          f"<p>{html.escape(facts)}</p>{plain_html(table)}")
-
     @cached_property
     def explorer_table(self) -> pd.DataFrame:
-        """What `explorer` shows of each concept in use: concept, words, class, purity, states, effect, effect_low, effect_high and flipped
-        (missing where no evaluation sentence has it), stability, examples, near (five concepts), x and y on the map."""
+        """What the page of `clvq_app.write_explorer` shows of each concept in use: concept, words, class, purity, states,
+        effect, effect_low, effect_high and flipped (missing where no evaluation sentence has it), stability, examples,
+        near (five concepts), x and y on the map."""
         effects, vectors = self.report[["concept", "effect", "effect_low", "effect_high", "flipped"]], self.clvqvae.vectors
         of = self.concepts[self.concepts["size"] > 0].merge(effects, "left", "concept")
         place, unit = codebook_map(vectors, self.config.seed), F.normalize(vectors, dim=1)
@@ -4141,12 +4021,6 @@ class Pipeline:
             "purity": of["purity"].round(2), "states": of["size"], **{name: of[name].round(4) for name in effects.columns[1:]},
             "stability": of["concept"].map(self.stability).round(2), "examples": of["examples"], "near": near[of["concept"]].tolist(),
             "x": place[of["concept"], 0].round(2), "y": place[of["concept"], 1].round(2)})
-
-    def write_explorer(self, path: Path) -> Path:
-        """All concepts as one page to look around in; `explorer`."""
-        about = (f"{len(self.explorer_table)} concepts of {Path(self.config.model).name} on {self.corpus.attrs['name']}, "
-                 f"layers {self.layers[0]} to {self.layers[1]}.")
-        return write_page(path, "Concept explorer", explorer(self.explorer_table, about))
 
     def explain(self, text: str, top: int = 5, examples: int = 3, controls: int = 20) -> Explanation:
         """The language model's class for a text, its ``top`` most salient words, their concepts, and what removing these does.
@@ -4557,606 +4431,207 @@ STUDY: dict[str, dict[str, Any]] = {"smoke": dict(train_share=0.2, epochs=1),
 # 16 Human evaluation
 # ======================================================================================================
 def outcomes(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
-    """TP, TN, FP or FN for two classes, the second being the positive one; else right or wrong."""
+    """TP, TN, FP or FN for two classes, the second being the positive one; otherwise right or wrong."""
     if n_classes == 2:
         return np.where(predicted == 1, np.where(labels == 1, "TP", "FP"), np.where(labels == 1, "FN", "TN"))
     return np.where(labels == predicted, "right", "wrong")
 
 
 def balanced_sample(kinds: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """``n`` positions, as many of each kind as there can be, the rest by lot; sorted. ValueError for more than there are."""
+    """``n`` positions in order, spread as evenly over the kinds as they allow. ValueError if there are fewer."""
     if n > len(kinds):
         raise ValueError(f"{n} sentences are more than the {len(kinds)} there are")
-    draw = np.random.default_rng(seed)
-    chosen: list[int] = []
+    draw, chosen = np.random.default_rng(seed), list[int]()
     left = {kind: list(draw.permutation(np.flatnonzero(kinds == kind))) for kind in sorted(set(kinds))}
     while len(chosen) < n:
-        for kind in draw.permutation([kind for kind, of in left.items() if of])[:n - len(chosen)]:
+        for kind in draw.permutation([kind for kind, positions in left.items() if positions])[:n - len(chosen)]:
             chosen.append(left[kind].pop())
     return np.sort(chosen)
 
 
-def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentences: int = 19, seed: int = 42, n_words: int = 20) -> Path:
+PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}
+"""The words of the cloud that raters try first."""
+
+
+def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentences: int = 19, seed: int = 42,
+               n_words: int = 20) -> Path:
     """The paper's human evaluation (section 4.3) as a folder: what raters may see and, apart from it, what they must not.
 
-    For each sentence, sampled evenly over TP, TN, FP and FN, and each method an item: the words of the training text that have the
-    concept of the sentence's most salient position, with their counts. ``study.json`` has classes and items under random names;
-    ``key.parquet`` a row an item: item, sentence, method, concept, predicted, label, outcome.
+    For each sentence, sampled evenly over TP, TN, FP and FN, and each method there is an item: the words of the
+    training text that have the concept of the sentence's most salient position, with their counts. Raters see
+    ``study.json`` (classes, and items under random names) and ``clouds/`` (an image per item). ``key.parquet`` has a
+    row per item: item, sentence, method, concept, predicted, label, outcome.
     """
-    found, trial = pipeline.named(methods), pipeline.trial
-    if wrong := [method.name for method in found if method.reads != pipeline.layers[0]]:
+    compared, trial = pipeline.named(methods), pipeline.trial
+    if wrong := [method.name for method in compared if method.reads != pipeline.layers[0]]:
         raise ValueError(f"{wrong[0]} does not read the source layer, whose salient position the items are of")
-    names, texts = pipeline.label_names, pipeline.activations("train")
+    names, training = pipeline.label_names, pipeline.activations("train")
     labels, predicted = trial.labels.numpy(), trial.predicted.numpy()
     kinds = outcomes(labels, predicted, len(names))
     chosen, draw = balanced_sample(kinds, sentences, seed), np.random.default_rng([seed, 1])
-    rows, items, tokens = [], [], texts.tokens[~texts.tokens["is_summary"]]
-    tags = [f"{tag:08x}" for tag in draw.choice(2**32, len(chosen) * len(found), replace=False)]
-    for method in found:
-        codes = method.assign(trial.test.states[method.reads][trial.salient]).numpy()
-        own = method.assign(texts.states[method.reads][torch.from_numpy(tokens.index.to_numpy(copy=True))]).numpy()
-        words = tokens.groupby(own)["word"].value_counts()
+    rows, items, tokens = [], [], training.tokens[~training.tokens["is_summary"]]
+    tags = [f"{tag:08x}" for tag in draw.choice(2**32, len(chosen) * len(compared), replace=False)]
+    for method in compared:
+        concepts = method.assign(trial.test.states[method.reads][trial.salient]).numpy()
+        word_states = training.states[method.reads][torch.from_numpy(tokens.index.to_numpy(copy=True))]
+        counts = tokens.groupby(method.assign(word_states).numpy())["word"].value_counts()
         for group, sentence in enumerate(chosen):
-            concept, tag = codes[sentence], tags.pop()
-            of = words.loc[concept].head(n_words) if concept in words.index.get_level_values(0) else pd.Series(dtype=int)
-            items.append({"id": tag, "group": group, "words": {str(word): int(n) for word, n in of.items()}})
-            rows.append({"item": tag, "sentence": sentence, "method": method.name, "concept": concept, "outcome": kinds[sentence],
-                         "predicted": names[predicted[sentence]], "label": names[labels[sentence]]})
-    items.sort(key=lambda item: str(item["id"]))                                            # not by method
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "key.parquet", lambda partial: pd.DataFrame(rows).to_parquet(partial))
-    about = {"classes": names, "seed": seed, "items": items}
-    write_whole(folder / "study.json", lambda partial: partial.write_text(json.dumps(about, ensure_ascii=False), "utf8"))
+            concept, tag = concepts[sentence], tags.pop()
+            words = counts.loc[concept].head(n_words).to_dict() if concept in counts else {}
+            items.append({"id": tag, "group": group, "words": {str(word): int(n) for word, n in words.items()}})
+            rows.append({"item": tag, "sentence": sentence, "method": method.name, "concept": concept,
+                         "outcome": kinds[sentence], "predicted": names[predicted[sentence]],
+                         "label": names[labels[sentence]]})
+    items.sort(key=lambda item: str(item["id"]))                            # not by method
+    write_study(folder, names, seed, items, pd.DataFrame(rows))
     return folder
 
 
-ANSWERS = """
-CREATE TABLE IF NOT EXISTS raters (number INTEGER PRIMARY KEY, token TEXT UNIQUE NOT NULL, joined TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS answers (rater INTEGER NOT NULL REFERENCES raters, item TEXT NOT NULL, label TEXT NOT NULL,
-    confidence INTEGER NOT NULL CHECK (confidence BETWEEN 1 AND 10), at TEXT NOT NULL, PRIMARY KEY (rater, item));
-"""
+def write_study(folder: Path, classes: Sequence[str], seed: int, items: Sequence[Mapping[str, Any]],
+                key: pd.DataFrame) -> None:
+    """The files of a study; ``study.json`` last, so that a killed run leaves none that looks complete."""
+    from matplotlib import pyplot as plt
+
+    (folder / "clouds").mkdir(parents=True, exist_ok=True)
+    for name, words in {"practice": PRACTICE, **{item["id"]: item["words"] for item in items}}.items():
+        figure, axes = plt.subplots(figsize=(6.4, 4))
+        if words:
+            word_cloud(words, axes)
+        axes.axis("off")
+        figure.savefig(folder / "clouds" / f"{name}.png", dpi=150, transparent=True)
+        plt.close(figure)
+    write_whole(folder / "key.parquet", key.to_parquet)
+    about = json.dumps({"classes": classes, "seed": seed, "practice": PRACTICE, "items": items}, ensure_ascii=False)
+    write_whole(folder / "study.json", lambda partial: partial.write_text(about, "utf8"))
 
 
-class Study:
-    """A study that raters answer: its items, and their answers in a database that is safe to write from several processes.
+def read_study(folder: Path) -> dict[str, Any]:
+    """What raters may see of a study: classes, seed, practice, items (id, group, words). ValueError if there is none."""
+    if not (folder / "study.json").exists():
+        raise ValueError(f"{folder} is no study: it has no study.json (make_study or clvq annotate makes one)")
+    return json.loads((folder / "study.json").read_text("utf8"))
 
-    Each answer is on disk when `save` returns. A rater is a random token, and reads and writes what is its own alone.
-    """
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / "study.json"
-        if not path.exists():
-            raise ValueError(f"{folder} is no study: it has no study.json (clvq annotate makes one)")
-        about = json.loads(path.read_text("utf8"))
-        self.folder, self.classes, self.seed = folder, about["classes"], about["seed"]
-        self.items = {item["id"]: item for item in about["items"]}
-        with self.database() as database:
-            database.execute("PRAGMA journal_mode=WAL")
-            database.executescript(ANSWERS)
-
-    @contextmanager
-    def database(self) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are written as a whole at the end, or not at all after an error."""
-        connection = sqlite3.connect(self.folder / "answers.sqlite", timeout=30)
-        try:
-            with connection:
-                connection.execute("PRAGMA foreign_keys=ON")
-                connection.execute("PRAGMA synchronous=FULL")
-                yield connection
-        finally:
-            connection.close()
-
-    def join(self) -> str:
-        """A new rater's token."""
-        token = secrets.token_urlsafe(16)
-        with self.database() as database:
-            database.execute("INSERT INTO raters (token, joined) VALUES (?, datetime('now'))", (token,))
-        return token
-
-    def number(self, token: str) -> int:
-        """Which rater this is, from 1. ValueError for a token that nobody has."""
-        with self.database() as database:
-            row = database.execute("SELECT number FROM raters WHERE token = ?", (token,)).fetchone()
-        if row is None:
-            raise ValueError("nobody has this link: begin anew")
-        return row[0]
-
-    def order(self, token: str) -> list[str]:
-        """The items in the rater's own order: each sentence once, then each again by another method; over raters the methods take turns."""
-        number = self.number(token)
-        groups: dict[int, list[str]] = {}
-        for item in self.items.values():
-            groups.setdefault(item["group"], []).append(item["id"])
-        draw = np.random.default_rng([self.seed, number])
-        rounds = max(map(len, groups.values()))
-        places = draw.permutation(sorted(groups))
-        return [groups[group][(number + group + turn) % rounds] for turn in range(rounds) for group in places]
-
-    def save(self, token: str, item: str, label: str, confidence: int) -> None:
-        """A rater's answer to an item, in place of an earlier one."""
-        if item not in self.items or label not in self.classes:
-            raise ValueError("there is no such item or class")
-        with self.database() as database:
-            database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, datetime('now'))",
-                             (self.number(token), item, label, int(confidence)))
-
-    def answers_of(self, token: str) -> dict[str, tuple[str, int]]:
-        """A rater's own answers so far: label and confidence by item."""
-        with self.database() as database:
-            rows = database.execute("SELECT item, label, confidence FROM answers WHERE rater = ?", (self.number(token),)).fetchall()
-        return {item: (label, confidence) for item, label, confidence in rows}
-
-    @property
-    def answers(self) -> pd.DataFrame:
-        """All answers, a row an answer: rater (a number), item, answer, confidence, and the key's columns."""
-        with self.database() as database:
-            found = pd.read_sql("SELECT rater, item, label AS answer, confidence FROM answers ORDER BY rater, item", database)
-        return found.merge(pd.read_parquet(self.folder / "key.parquet"), on="item", how="left", validate="many_to_one")
+def study_answers(folder: Path) -> pd.DataFrame:
+    """All answers to a study, a row each: rater (a number), item, answer, confidence, and the key's columns."""
+    read_study(folder)
+    answers = pd.DataFrame(columns=["rater", "item", "answer", "confidence"])
+    if (path := folder / "answers.sqlite").exists():
+        with closing(sqlite3.connect(path, timeout=30)) as database:
+            query = "SELECT rater, item, label AS answer, confidence FROM answers ORDER BY rater, item"
+            answers = pd.read_sql(query, database)
+    return answers.merge(pd.read_parquet(folder / "key.parquet"), on="item", how="left", validate="many_to_one")
 
 
 def rater_measures(counts: Int[np.ndarray, "I C"], sums: Float[np.ndarray, "I 5"], predicted: Bool[np.ndarray, "I C"],
                    outcome: Bool[np.ndarray, "I O"]) -> list[float]:
-    """`rater_agreement`'s figures of some items, from how many answers of each class they have, and their sums: answers, confidence,
-    aligned ones, sure ones, aligned sure ones."""
+    """`rater_agreement`'s figures for some items: how many answers of each class each has, and sums over its answers
+    (answers, their confidence, aligned ones, confident ones, confident aligned ones)."""
     import krippendorff
     from statsmodels.stats.inter_rater import fleiss_kappa
 
-    n, confidence, right, n_sure, right_sure = sums.sum(0)
-    defined, even = (counts.sum(0) > 0).sum() > 1, len(set(counts.sum(1))) == 1             # one answer alone has no agreement
+    n, confidence, aligned, n_sure, aligned_sure = sums.sum(0)
+    varied, complete = (counts.sum(0) > 0).sum() > 1, len(set(counts.sum(1))) == 1      # one class alone: no agreement
     with np.errstate(invalid="ignore", divide="ignore"):
-        return [fleiss_kappa(counts) if defined and even else math.nan,
-                krippendorff.alpha(value_counts=counts, level_of_measurement="nominal") if defined else math.nan,
-                confidence / n, right / n, counts.sum(0) @ (sums[:, 0] @ predicted) / n**2,
-                right_sure / n_sure - (right - right_sure) / (n - n_sure), *(sums[:, 2] @ outcome / (sums[:, 0] @ outcome))]
+        return [fleiss_kappa(counts) if varied and complete else math.nan,
+                krippendorff.alpha(value_counts=counts, level_of_measurement="nominal") if varied else math.nan,
+                confidence / n, aligned / n, counts.sum(0) @ (sums[:, 0] @ predicted) / n**2,
+                aligned_sure / n_sure - (aligned - aligned_sure) / (n - n_sure),
+                *(sums[:, 2] @ outcome / (sums[:, 0] @ outcome))]
 
 
 def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """How raters did, a row a method: items, raters, and with 95 % intervals over items (percentile bootstrap, columns …_low and …_high)
-    kappa (Fleiss 1971, missing where items have different numbers of answers), alpha (Krippendorff, nominal), confidence (mean, 1 to 10),
-    aligned (share of answers that are the model's own prediction; also within each outcome), by_chance (the same if answers had nothing
-    to do with their items) and calibration (aligned, of the answers that are surer than the median, less that of the others)."""
-    classes, kinds = sorted(set(answers["answer"]) | set(answers["predicted"])), sorted(set(answers["outcome"]))
+    """How raters did, a row a method: items, raters, and the figures below with 95 % intervals (…_low and …_high).
+
+    kappa (Fleiss 1971; missing where items have different numbers of answers), alpha (Krippendorff, nominal),
+    confidence (mean, 1 to 10), aligned (share of answers that equal the model's prediction; also within each outcome),
+    by_chance (aligned, if answers had nothing to do with their items) and calibration (aligned among answers more
+    confident than the median, less that among the others).
+
+    Intervals hold for other items *and* other raters: each of the ``draws`` resamples both (the crossed or "pigeonhole"
+    bootstrap, Owen 2007). A rater drawn twice agrees with themselves, which makes agreement too high in every draw, so
+    the draws are moved to have the estimate as their mean before their percentiles are taken.
+    """
+    classes, kinds = (sorted(set(values)) for values in ([*answers["answer"], *answers["predicted"]], answers["outcome"]))
     names = ["kappa", "alpha", "confidence", "aligned", "by_chance", "calibration", *(f"aligned {kind}" for kind in kinds)]
     rows = []
     for method, part in answers.groupby("method", sort=False):
-        sure, aligned = part["confidence"] > part["confidence"].median(), part["answer"] == part["predicted"]
-        by = part.assign(n=1, aligned=aligned, sure=sure, aligned_sure=aligned & sure).groupby("item")
-        of = by[["predicted", "outcome"]].first().to_numpy()
-        arrays = (pd.crosstab(part["item"], part["answer"]).reindex(columns=classes, fill_value=0).to_numpy(),
-                  by[["n", "confidence", "aligned", "sure", "aligned_sure"]].sum().to_numpy(float),
-                  of[:, :1] == np.array(classes, object), of[:, 1:] == np.array(kinds, object))
-        draw = np.random.default_rng(seed).integers(0, len(of), (draws, len(of)))
-        drawn = pd.DataFrame([rater_measures(*(array[i] for array in arrays)) for i in draw], columns=names)
-        row: dict[str, Any] = {"method": method, "items": len(of), "raters": part["rater"].nunique()}
-        for name, value in zip(names, rater_measures(*arrays), strict=True):
-            row |= {name: value, f"{name}_low": drawn[name].quantile(0.025), f"{name}_high": drawn[name].quantile(0.975)}
+        estimate, drawn = bootstrap_raters(part, classes, kinds, draws, seed)
+        low, high = (drawn + estimate - drawn.mean()).quantile([0.025, 0.975]).to_numpy()
+        row = {"method": method, "items": part["item"].nunique(), "raters": part["rater"].nunique()}
+        for name, *values in zip(names, estimate, low, high, strict=True):
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def simulated_answers(study: Study, texts: Sequence[str], labels: Sequence[str], raters: int = 14, seed: int = 0) -> pd.DataFrame:
-    """Answers of raters who do not exist: each is a logistic regression on the words of its own bootstrap sample of the training text,
-    sees only a cloud's words with their counts, answers with the likeliest class and takes its probability for its confidence."""
+def bootstrap_raters(answers: pd.DataFrame, classes: Sequence[str], kinds: Sequence[str], draws: int,
+                     seed: int) -> tuple[list[float], pd.DataFrame]:
+    """`rater_measures` of one method's answers, and of draws with replacement from its raters and its items."""
+    sure, aligned = answers["confidence"] > answers["confidence"].median(), answers["answer"] == answers["predicted"]
+    (rater, raters), (item, items) = (pd.factorize(answers[name], sort=True) for name in ("rater", "item"))
+    given = np.zeros((len(raters), len(items), len(classes)), int)
+    given[rater, item, pd.Index(classes).get_indexer(answers["answer"])] = 1                            # (R, I, C)
+    sums = np.zeros((len(raters), len(items), 5))
+    sums[rater, item] = np.column_stack([aligned | True, answers["confidence"], aligned, sure, aligned & sure])
+    key = answers.groupby("item")[["predicted", "outcome"]].first().to_numpy()
+    predicted, outcome = key[:, :1] == np.array(classes, object), key[:, 1:] == np.array(kinds, object)
+
+    def measures(times: np.ndarray, chosen: np.ndarray) -> list[float]:
+        """Of the chosen items, if each rater answered so many times."""
+        counts, totals = (np.tensordot(times, array, 1)[chosen] for array in (given, sums))
+        return rater_measures(counts, totals, predicted[chosen], outcome[chosen])
+
+    draw, everyone = np.random.default_rng(seed), np.ones(len(raters), int)
+    drawn_items = draw.integers(0, len(items), (draws, len(items)))
+    drawn_raters = draw.multinomial(len(raters), everyone / len(raters), draws)
+    estimate = measures(everyone, np.arange(len(items)))
+    return estimate, pd.DataFrame(map(measures, drawn_raters, drawn_items))
+
+
+def simulated_answers(folder: Path, texts: Sequence[str], labels: Sequence[str], raters: int = 14,
+                      seed: int = 0) -> pd.DataFrame:
+    """What raters who do not exist answer to a study, as `study_answers`.
+
+    Each is a logistic regression on the words of its own bootstrap sample of the training text. It sees only a cloud's
+    words with their counts, answers with the likeliest class, and takes its probability for its confidence.
+    """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import normalize
 
+    items = read_study(folder)["items"]
     vectorizer = CountVectorizer(analyzer=lambda words: [word.lower() for word in words], min_df=2)
     x = normalize(vectorizer.fit_transform([split_words(text) for text in texts]))
-    clouds = [[word for word, n in item["words"].items() for _ in range(n)] for item in study.items.values()]
+    clouds = [[word for word, n in item["words"].items() for _ in range(n)] for item in items]
     seen = normalize(vectorizer.transform(clouds))
-    names, draw, rows = np.asarray(labels), np.random.default_rng(seed), []
+    names, draw, parts = np.asarray(labels), np.random.default_rng(seed), []
     for rater in range(1, raters + 1):
-        own = draw.integers(0, len(names), len(names))
-        chances = LogisticRegression(max_iter=1000).fit(x[own], names[own]).predict_proba(seen)
-        found = np.unique(names[own])
-        sure = (chances.max(1) - 1 / len(found)) / (1 - 1 / len(found))
-        rows.append(pd.DataFrame({"rater": rater, "item": list(study.items), "answer": found[chances.argmax(1)],
-                                  "confidence": 1 + np.round(9 * sure).astype(int)}))
-    return pd.concat(rows, ignore_index=True).merge(pd.read_parquet(study.folder / "key.parquet"), on="item", validate="many_to_one")
+        sample = draw.integers(0, len(names), len(names))
+        chances = LogisticRegression(max_iter=1000).fit(x[sample], names[sample]).predict_proba(seen)
+        classes = np.unique(names[sample])
+        sure = (chances.max(1) - 1 / len(classes)) / (1 - 1 / len(classes))
+        parts.append(pd.DataFrame({
+            "rater": rater, "item": [item["id"] for item in items], "answer": classes[chances.argmax(1)],
+            "confidence": 1 + np.round(9 * sure).astype(int)}))
+    key = pd.read_parquet(folder / "key.parquet")
+    return pd.concat(parts, ignore_index=True).merge(key, on="item", validate="many_to_one")
 
 
-def items_needed(answers: pd.DataFrame, methods: tuple[str, str], difference: float, raters: int, power: float = 0.8) -> int:
-    """How many sentences show a difference in alignment between two methods, if as many raters answer as given: a paired comparison of
-    sentences at 5 %, whose spread is taken from these answers (of sentences among themselves, and of raters within one)."""
+def items_needed(answers: pd.DataFrame, methods: tuple[str, str], difference: float, raters: int,
+                 power: float = 0.8) -> int:
+    """How many sentences, each answered by so many raters, show a difference in alignment between two methods.
+
+    For a paired comparison of sentences at 5 %; how much sentences differ among themselves, and raters within a
+    sentence, is taken from these answers.
+    """
     from scipy.stats import norm
 
     aligned = answers.assign(aligned=answers["answer"] == answers["predicted"])
-    cells = aligned[aligned["method"].isin(methods)].groupby(["sentence", "method"])["aligned"].agg(["mean", "var", "size"]).unstack()
-    gap = cells["mean"][methods[0]] - cells["mean"][methods[1]]
-    within = sum((cells["var"][method] / cells["size"][method]).mean() for method in methods)
+    cells = aligned[aligned["method"].isin(methods)].groupby(["sentence", "method"])["aligned"]
+    table = cells.agg(["mean", "var", "size"]).unstack()
+    gap = table["mean"][methods[0]] - table["mean"][methods[1]]
+    within = sum((table["var"][method] / table["size"][method]).mean() for method in methods)
     between = max(0.0, gap.var() - within)
-    spread = between + sum(cells["var"][method].mean() for method in methods) / raters
+    spread = between + sum(table["var"][method].mean() for method in methods) / raters
     return math.ceil(spread * ((norm.ppf(0.975) + norm.ppf(power)) / difference) ** 2)
-
-
-def cloud_html(words: Mapping[str, int]) -> str:
-    """A word cloud as an image of HTML; for those who do not see it, its text is the words and their counts."""
-    import base64
-
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4))
-    if words:
-        word_cloud(words, axes)
-    axes.axis("off")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, transparent=True)
-    plt.close(figure)
-    said = html.escape(", ".join(f"{word} {count}" for word, count in words.items()) or "no words", quote=True)
-    image = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img style="width: 100%; max-width: 40rem" alt="Word cloud: {said}" src="data:image/png;base64,{image}">'
-
-
-NIGHT = """<style>@media (prefers-color-scheme: dark) {
-    :root, body { --jp-layout-color0: #121212; --jp-layout-color1: #121212; --jp-layout-color2: #2b2b2b; --jp-layout-color3: #505050;
-        --jp-ui-font-color1: #e0e0e0; --jp-content-font-color1: #e0e0e0; --jp-content-link-color: #8ab4f8;
-        --jp-widgets-color: #e0e0e0; --jp-widgets-label-color: #e0e0e0; }
-    body { background: #121212; color: #e0e0e0; }
-}</style>"""
-"""The rating page by night: JupyterLab's colours, which its widgets take."""
-PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}
-
-
-class RatingPage:
-    """The page of one rater, of widgets: consent, instructions, a practice cloud, the items one by one, thanks.
-
-    It is given nothing but clouds and the names of the classes. An answer is kept as soon as it has a label and a confidence. The
-    page's address has the rater's token, so that whoever opens it again goes on where they were.
-    """
-
-    def __init__(self, folder: Path, query: str = "") -> None:
-        import ipywidgets as widgets
-
-        self.study, self.widgets = Study(folder), widgets
-        self.token = urllib.parse.parse_qs(query).get("rater", [""])[0]
-        self.output = widgets.Output()
-        self.page, self.place = widgets.VBox(), -1
-        self.box = widgets.VBox([widgets.HTML(NIGHT), self.page], layout=widgets.Layout(max_width="44rem", margin="0 auto"))
-        try:
-            self.order = self.study.order(self.token) if self.token else []
-        except ValueError:                                                                  # an address that was mistyped
-            self.token, self.order = "", []
-        if self.token:
-            answered = self.study.answers_of(self.token)
-            self.place = next((i for i, item in enumerate(self.order) if item not in answered), len(self.order))
-            self.show_item()
-        else:
-            self.show_welcome()
-
-    def button(self, text: str, act: Callable[[], None], style: str = "primary", **options: Any) -> Any:
-        """A button that does one thing."""
-        found = self.widgets.Button(description=text, button_style=style, **options)
-        found.on_click(lambda _: act())
-        return found
-
-    def show_welcome(self) -> None:
-        """Consent and instructions."""
-        agree = self.widgets.Checkbox(description="I take part of my own will. My answers are kept without my name.", indent=False,
-                                      layout={"width": "auto"})
-        begin = self.button("Begin", self.begin, disabled=True)
-        agree.observe(lambda change: setattr(begin, "disabled", not change["new"]), "value")
-        self.page.children = [self.widgets.HTML(
-            f"<h1>What do these words say?</h1><p>You will see {len(self.study.items)} pictures of words, one by one. The larger a word, "
-            "the more often it occurs. Each picture belongs to a text that you do not see. Say which class you think a computer gave the "
-            "text, and how sure you are, from 1 (a guess) to 10 (certain). There is no right answer to find: go by the words.</p>"
-            "<p>You may stop at any time. Keep the address of this page to go on later.</p>"), agree, begin]
-
-    def begin(self) -> None:
-        """A new rater, whose address the browser then shows."""
-        from IPython.display import Javascript, display
-
-        self.token = self.study.join()
-        self.order, self.place = self.study.order(self.token), -1
-        self.show_item()
-        with self.output:
-            display(Javascript(f'history.replaceState(null, "", "?rater={self.token}")'))
-
-    def show_item(self) -> None:
-        """One cloud and its two questions; what is chosen is kept at once."""
-        if self.place >= len(self.order):
-            return self.show_thanks()
-        practice = self.place < 0
-        item = "" if practice else self.order[self.place]
-        words = PRACTICE if practice else self.study.items[item]["words"]
-        classes = ["food", "weather"] if practice else self.study.classes
-        before = ("", 0) if practice else self.study.answers_of(self.token).get(item, ("", 0))
-        label = self.widgets.ToggleButtons(options=classes, value=before[0] or None, description="Class", style={"button_width": "8rem"})
-        sure = self.widgets.ToggleButtons(options=[(str(n), n) for n in range(1, 11)], value=before[1] or None,
-                                          description="How sure, from 1 (a guess) to 10 (certain)",
-                                          style={"button_width": "2.2rem", "description_width": "initial"})
-        said = self.widgets.HTML()
-        forward = self.button("Next", lambda: self.move(1), disabled=not before[0])
-        back = self.button("Back", lambda: self.move(-1), style="", disabled=self.place < 1)
-
-        def keep(_: Any) -> None:
-            if label.value is None or sure.value is None:
-                return
-            try:
-                if not practice:
-                    self.study.save(self.token, item, label.value, sure.value)
-                said.value, forward.disabled = ("That is all there is to it." if practice else "Kept."), False
-            except sqlite3.OperationalError:
-                said.value = "This answer could not be kept. Please choose it again."
-
-        label.observe(keep, "value")
-        sure.observe(keep, "value")
-        done = f"{self.place + 1} of {len(self.order)}" if not practice else "Practice: this one does not count"
-        bar = self.widgets.IntProgress(max(0, self.place), 0, len(self.order), layout={"width": "100%"})
-        address = self.widgets.HTML(f'<p><small>To go on later: <a href="?rater={self.token}">the address of your page</a></small></p>')
-        self.page.children = [self.widgets.HTML(f"<p role='status'>{done}</p>"), bar, self.widgets.HTML(cloud_html(words)), label, sure,
-                             self.widgets.HBox([back, forward, said]), address, self.output]
-
-    def move(self, by: int) -> None:
-        """To another item."""
-        self.place += by
-        self.show_item()
-
-    def show_thanks(self) -> None:
-        """The end."""
-        self.page.children = [self.widgets.HTML("<h1>Thank you</h1><p>All your answers are kept. You may close this page.</p>"),
-                             self.button("Back", lambda: self.move(-1), style="")]
-
-
-def annotate(folder: Path, port: int = 8866, address: str = "localhost") -> None:
-    """Serve a study's `RatingPage` by Voila until it is stopped. Each visitor has a process of their own; none can run code in it."""
-    Study(folder)
-    if importlib.util.find_spec("voila") is None:
-        raise ValueError("the rating page needs voila: pip install voila ipywidgets")
-    import nbformat
-
-    cell = ("import os\nfrom pathlib import Path\nimport clvq_core as clvq\n"
-            f"clvq.RatingPage(Path({str(folder.resolve())!r}), os.environ.get('QUERY_STRING', '')).box")
-    with tempfile.TemporaryDirectory() as place:
-        page = Path(place) / "rate.ipynb"
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), page)
-        subprocess.run([sys.executable, "-m", "voila", str(page), "--no-browser", f"--port={port}", f"--Voila.ip={address}",
-                        "--strip_sources=True", "--show_tracebacks=False"], check=False)
-
-
-# ======================================================================================================
-# 17 Command line
-# ======================================================================================================
-def folder_size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def command_run(options: argparse.Namespace) -> None:
-    parameters = {name: parse_value(value) for name, value in options.parameters}
-    if len(options.notebooks) > 1 and options.output.suffix == ".ipynb":
-        raise ValueError("--output must be a folder when several notebooks are run")
-    for path in options.notebooks:
-        check_parameters(path, options.scale, parameters)                                   # all of them before the first long run
-    for path in options.notebooks:
-        output = options.output if options.output.suffix == ".ipynb" else options.output / path.name
-        began = time.perf_counter()
-        run_notebook(path, output, options.scale, parameters, options.timeout)
-        print(f"{path} -> {output} ({time.perf_counter() - began:.0f} s)")
-
-
-def command_sweep(options: argparse.Namespace) -> None:
-    runs = {run.name: run for run in read_sweep(options.grid)}
-    folder = options.output or Path("sweeps") / options.grid.stem
-    if options.dry_run:
-        seconds, rows = seconds_per_gflop(folder), []
-        for name, run in runs.items():
-            state = "done" if (folder / f"{name}.parquet").exists() else "failed" if (folder / f"{name}.error.txt").exists() else "to do"
-            cost = {} if run.notebook else Pipeline(run.config).cost
-            rows.append({"run": name, **run.settings, "state": state, **cost, "seconds": cost.get("gflop", math.nan) * seconds})
-        table = pd.DataFrame(rows)
-        left, workers = table[table["state"] != "done"], default_workers() if options.workers is None else options.workers
-        print(table.to_string(index=False, float_format="{:.4g}".format, na_rep="-"))
-        print(f"{len(table)} runs, {len(table) - len(left)} of them done; training the others takes about "
-              f"{left['seconds'].sum() / max(1, workers) / 60:,.1f} min with {max(1, workers)} at a time, beside states and fine-tuning")
-        return
-    resources = {name: parse_value(amount) for name, amount in options.resources}
-    if bad := [amount for amount in resources.values() if not isinstance(amount, int | float)]:
-        raise ValueError(f"--resource takes a name and an amount, such as GPU 1, not {bad[0]!r}")
-    print_results(run_sweep(list(runs.values()), folder, options.workers, options.scheduler, options.threads, resources, options.retries))
-    print(f"all {len(runs)} runs: {folder / 'results.parquet'}")
-
-
-def seconds_per_gflop(folder: Path) -> float:
-    """How long a training takes for its arithmetic: in the finished runs of a sweep; before there are any, at `speed`."""
-    if (folder / "sweep.json").exists() and len(done := sweep_results(folder)):
-        taken = done[done["metric"] == "training_seconds"].set_index("run")["value"]
-        cost = {name: Pipeline(run.config).cost["gflop"] for name, run in sweep_runs(folder).items() if name in taken}
-        return float((taken / pd.Series(cost)).median())
-    return 1e9 / speed()
-
-
-MAIN_METRICS = ("variance_explained", "perplexity", "codes_used", "effective_k", "accuracy nothing", "accuracy concept projection",
-                "accuracy random code projection")
-
-
-def print_results(results: pd.DataFrame, metrics: Sequence[str] = ()) -> None:
-    """A row for each combination of what the runs vary, but for the seed, with the mean of each metric over seeds."""
-    fixed = {"run", "metric", "epoch", "value", "seed"}
-    vary = [str(name) for name in results if name not in fixed and results[name].astype(str).nunique() > 1] or ["scale"]
-    there = list(dict.fromkeys(results["metric"]))
-    if unknown := [name for name in metrics if name not in there]:
-        raise ValueError(f"there is no metric {unknown[0]!r}; there are {', '.join(there)}")
-    wanted = list(metrics) or [name for name in MAIN_METRICS if name in there] or there
-    table = seed_means(results, vary, wanted)
-    shown = table[[name for name in table if not str(name).endswith(("_low", "_high"))]]
-    print(shown.to_string(index=False, float_format="{:,.4g}".format))
-
-
-def command_results(options: argparse.Namespace) -> None:
-    if not (options.sweep / "sweep.json").exists():
-        raise ValueError(f"{options.sweep} is no folder of a sweep: name the one that 'clvq sweep' wrote, such as sweeps/grid")
-    results = sweep_results(options.sweep)
-    if results.empty:
-        raise ValueError(f"no run of {options.sweep} is finished")
-    for name, text in options.where:
-        if name not in results:
-            raise ValueError(f"the results have no column {name!r}; they have {', '.join(map(str, results))}")
-        value = parse_value(text)
-        results = results[results[name].isna() if value is None else results[name] == value]
-    if results.empty:
-        raise ValueError("no result has these values")
-    if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.csv, lambda partial: results.to_csv(partial, index=False))
-        print(f"{len(results):,} measurements of {results['run'].nunique()} runs: {options.csv}")
-    else:
-        print_results(results, options.metric)
-
-
-def command_explain(options: argparse.Namespace) -> None:
-    settings = {name: parse_value(value) for name, value in options.parameters}
-    settings |= {name: value for name, value in (("model", options.model), ("dataset", options.data)) if value is not None}
-    pipeline = Pipeline(configure(options.scale, **settings)).check()
-    explanation = pipeline.explain(options.text, options.top)
-    print(explanation)
-    if options.html:
-        print(f"\ncard: {write_page(options.html, options.text[:80], explanation._repr_html_())}")
-
-
-def command_annotate(options: argparse.Namespace) -> None:
-    if not (options.study / "study.json").exists():
-        settings = {name: parse_value(value) for name, value in options.parameters}
-        pipeline = Pipeline(configure(options.scale, **settings)).check()
-        methods = options.methods or ["CLVQ-VAE", "Ward clusters"]
-        make_study(pipeline, options.study, methods, options.sentences, pipeline.config.seed)
-    study = Study(options.study)
-    print(f"{options.study}: {len(study.items)} items, answers of {study.answers['rater'].nunique()} raters in answers.sqlite; "
-          "key.parquet says what is what, so keep it from raters")
-    if not options.make_only:
-        print(f"raters go to http://{options.ip}:{options.port}/ ; Ctrl+C stops")
-        annotate(options.study, options.port, options.ip)
-
-
-def command_info(options: argparse.Namespace) -> None:
-    cache = cache_folder()
-    steps = [path for path in cache.glob("*-*") if path.is_dir()] if cache.exists() else []
-    size = f"{folder_size(cache) / 2**20:,.0f} MiB"
-    for name, value in {**environment(), "cache": cache, "cached steps": len(steps), "cache size": size}.items():
-        print(f"{name:14} {value}")
-
-
-def command_clean(options: argparse.Namespace) -> None:
-    cache = cache_folder()
-    oldest = time.time() - 86400 * options.older_than
-    steps = [path for path in cache.glob("*-*") if path.stat().st_mtime <= oldest] if cache.exists() else []
-    size = sum(folder_size(path) if path.is_dir() else path.stat().st_size for path in steps)
-    folders = sum(path.is_dir() for path in steps)
-    for path in [] if options.dry_run else steps:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    done = "would remove" if options.dry_run else "removed"
-    print(f"{done} {folders} cached steps, {size / 2**20:,.0f} MiB, from {cache}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command ``clvq``. Exit code 0 done, 1 a run failed, 2 the request cannot be served."""
-    parser = argparse.ArgumentParser(prog="clvq", description="Discrete concepts between two layers of a language model.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    run = commands.add_parser("run", help="run notebooks", formatter_class=argparse.RawDescriptionHelpFormatter,
-                              description="Run notebooks by papermill, with their parameters checked first.", epilog="""examples:
-  clvq run notebooks/02_faithfulness.ipynb --scale smoke -p dataset news
-  clvq run notebooks/*.ipynb --scale laptop --output runs/seed1 -p seed 1
-  clvq run notebooks/01_method.ipynb -p dataset reviews.csv -p text_column body -p label_column stars""")
-    run.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
-    run.add_argument("--scale", choices=PRESETS, help="size of everything (default: $CLVQ_SCALE, else smoke)")
-    run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
-    run.add_argument("-o", "--output", type=Path, default=Path("runs"), help="folder, or .ipynb file for one notebook (default: runs)")
-    run.add_argument("--timeout", type=int, default=7200, help="seconds a cell may take (default: 7200)")
-    run.set_defaults(call=command_run)
-
-    sweep = commands.add_parser("sweep", help="train, or run a notebook, with many settings",
-                                formatter_class=argparse.RawDescriptionHelpFormatter,
-                                description="Do all runs of a YAML file that are not done yet. What failed is tried again.",
-                                epilog="""a file:
-  scale: laptop
-  settings: {dataset: movies, epochs: 5}      # of all runs
-  grid: {temperature: [0.5, 1, 2], seed: [42, 43, 44]}
-  runs: [{start: spherical}, {start: random}] # each with the whole grid; may be left out
-  # notebook: notebooks/02_faithfulness.ipynb   instead of trainings
-
-examples:
-  clvq sweep grid.yaml --dry-run
-  clvq sweep grid.yaml --workers 4
-  clvq sweep grid.yaml --scheduler tcp://host:8786 --resource GPU 1""")
-    sweep.add_argument("grid", type=Path, metavar="GRID.yaml")
-    sweep.add_argument("--dry-run", action="store_true", help="print the runs, their cost, and which are done")
-    sweep.add_argument("-o", "--output", type=Path, help="folder of the results (default: sweeps/NAME of the file)")
-    sweep.add_argument("--workers", type=int, help="processes on this machine, 0: this one (default: one a core; 0 on a GPU)")
-    sweep.add_argument("--scheduler", default="", metavar="ADDRESS", help="address of a running dask scheduler, instead of --workers")
-    sweep.add_argument("--threads", type=int, help="threads of each run (default: its share of the cores; on a cluster the worker's)")
-    sweep.add_argument("--resource", dest="resources", nargs=2, action="append", default=[], metavar=("NAME", "AMOUNT"),
-                       help="what a run needs of a worker, such as GPU 1")
-    sweep.add_argument("--retries", type=int, default=1, help="how often a run that fails is tried again at once (default: 1)")
-    sweep.set_defaults(call=command_sweep)
-
-    results = commands.add_parser("results", help="print, filter or export the results of a sweep",
-                                  formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
-  clvq results sweeps/grid
-  clvq results sweeps/grid --where temperature 0.5 --metric perplexity --metric "accuracy concept projection"
-  clvq results sweeps/grid --csv all.csv""")
-    results.add_argument("sweep", type=Path, metavar="SWEEP", help="the folder of the sweep")
-    results.add_argument("--where", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="only runs with this setting")
-    results.add_argument("--metric", action="append", default=[], help="show this one (may be repeated)")
-    results.add_argument("--csv", type=Path, help="write all measurements to this file instead")
-    results.set_defaults(call=command_results)
-
-    explain = commands.add_parser("explain", help="the concepts behind a model's answer to a text",
-                                  formatter_class=argparse.RawDescriptionHelpFormatter,
-                                  description="Say how a model classes a text, by which words, which concepts they have, and what is lost "
-                                  "without them. The first call trains what it needs, later ones take seconds.", epilog="""examples:
-  clvq explain "a dull, overlong film"
-  clvq explain "a dull, overlong film" --scale smoke --html card.html
-  clvq explain "Shares fell" --model path/to/model -p finetune false --data news.csv -p label_column section""")
-    explain.add_argument("text", help="the text, in quotes")
-    explain.add_argument("--model", help="minilm, smollm2, a folder, or an id on the Hub (default: minilm)")
-    explain.add_argument("--data", help="what it was trained on, or is to be: movies, news, a file, … (default: movies)")
-    explain.add_argument("--scale", choices=PRESETS, default="laptop", help="size of everything (default: laptop)")
-    explain.add_argument("--top", type=int, default=5, help="how many concepts (default: 5)")
-    explain.add_argument("--html", type=Path, metavar="FILE", help="write a page too")
-    explain.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any other setting")
-    explain.set_defaults(call=command_explain)
-
-    rate = commands.add_parser("annotate", help="let people say what concepts mean", formatter_class=argparse.RawDescriptionHelpFormatter,
-                               description="Serve a study's rating page. A study that is not there is made first: items of sentences "
-                               "that are right and wrong in equal parts, by two methods or more.", epilog="""examples:
-  clvq annotate study --scale laptop --sentences 19
-  clvq annotate study --method CLVQ-VAE --method k-means -p dataset news --make-only
-  clvq annotate study --ip 0.0.0.0 --port 8080""")
-    rate.add_argument("study", type=Path, metavar="STUDY", help="folder of the study")
-    rate.add_argument("--method", dest="methods", action="append", metavar="NAME",
-                      help="may be repeated (default: CLVQ-VAE and Ward clusters)")
-    rate.add_argument("--sentences", type=int, default=19, help="how many (default: 19, as in the paper)")
-    rate.add_argument("--scale", choices=PRESETS, default="laptop", help="size of everything (default: laptop)")
-    rate.add_argument("--make-only", action="store_true", help="make the study, serve nothing")
-    rate.add_argument("--port", type=int, default=8866, help="port of the page (default: 8866)")
-    rate.add_argument("--ip", default="localhost", help="address to serve at (default: localhost, for this machine alone)")
-    rate.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="any other setting")
-    rate.set_defaults(call=command_annotate)
-
-    info = commands.add_parser("info", help="versions, device, cache size")
-    info.set_defaults(call=command_info)
-
-    clean = commands.add_parser("clean", help="remove cached steps", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog="examples:\n  clvq clean --dry-run\n  clvq clean --older-than 30")
-    clean.add_argument("--older-than", type=float, default=0, metavar="DAYS", help="only steps that were made so long ago")
-    clean.add_argument("--dry-run", action="store_true", help="say what would be removed")
-    clean.set_defaults(call=command_clean)
-
-    options = parser.parse_args(arguments)
-    try:
-        options.call(options)
-    except ValueError as error:
-        print(f"clvq: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, FloatingPointError, OSError) as error:
-        print(f"clvq: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    import clvq_core  # so that workers find its functions by this name, not in __main__
-
-    sys.exit(clvq_core.main())

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+import clvq_app
 import clvq_core as clvq
 
 QUICK = dict(train_sentences=100, test_sentences=60, finetune_epochs=1, epochs=2, n_codes=20, folds=3, probe_epochs=3)
@@ -94,7 +95,7 @@ def test_one_seed_leaves_stability_open(pipeline):
 
 def test_the_reports_page_needs_no_other_and_shows_text_as_text(pipeline, tmp_path):
     pipeline.report.loc[0, "words"] = "<script>alert(1)</script>"
-    page = pipeline.write_report(tmp_path / "new" / "report.html", most=5).read_text("utf8")
+    page = clvq_app.write_report(pipeline, tmp_path / "new" / "report.html", most=5).read_text("utf8")
     del pipeline.report
     assert "<script" not in page and "&lt;script&gt;" in page and not re.search(r"https?://|src=|@import", page)
     tables = pd.read_html(tmp_path / "new" / "report.html", flavor="lxml") if clvq.importlib.util.find_spec("lxml") else []
@@ -155,9 +156,9 @@ def test_a_long_text_is_explained_as_far_as_the_model_reads(pipeline):
 def test_the_command_explains_a_text_and_writes_a_page(pipeline, tmp_path, capsys):
     settings = [part for name, value in {**QUICK, "seeds": 2}.items() for part in ("-p", name, str(value))]
     page = tmp_path / "card.html"
-    assert clvq.main(["explain", "a dull film", "--scale", "smoke", "--top", "2", "--html", str(page), *settings]) == 0
+    assert clvq_app.main(["explain", "a dull film", "--scale", "smoke", "--top", "2", "--html", str(page), *settings]) == 0
     said = capsys.readouterr().out
     assert "a dull film" in said and "Without a random concept" in said and said.count("nearest in the training text") <= 2
     assert page.read_text("utf8").startswith("<!doctype html>")
-    assert clvq.main(["explain", " ", "--scale", "smoke", *settings]) == 2
-    assert clvq.main(["explain", "film", "--data", "nowhere.csv"]) == 2
+    assert clvq_app.main(["explain", " ", "--scale", "smoke", *settings]) == 2
+    assert clvq_app.main(["explain", "film", "--data", "nowhere.csv"]) == 2

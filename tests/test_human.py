@@ -1,9 +1,10 @@
 """The human evaluation: samples, items, the store of answers, agreement, simulated raters."""
 
-import json
 import math
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -14,12 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import clvq_app
 import clvq_core as clvq
 
 GOOD, BAD = ["good", "moving", "warm"], ["bad", "dull", "cold"]
 
 
-def write_study(folder: Path, sentences: int = 6, methods: tuple[str, ...] = ("CLVQ-VAE", "Ward clusters")) -> clvq.Study:
+def write_study(folder: Path, sentences: int = 6, methods: tuple[str, ...] = ("CLVQ-VAE", "Ward clusters")) -> Path:
     """A study whose clouds are plainly of one class or the other."""
     rows, items = [], []
     for sentence in range(sentences):
@@ -28,15 +30,19 @@ def write_study(folder: Path, sentences: int = 6, methods: tuple[str, ...] = ("C
             items.append({"id": tag, "group": sentence, "words": dict.fromkeys(GOOD if good else BAD, 3)})
             predicted = "positive" if good else "negative"
             rows.append(dict(item=tag, sentence=sentence, method=method, concept=0, predicted=predicted, label="positive", outcome="TP"))
-    folder.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_parquet(folder / "key.parquet")
-    (folder / "study.json").write_text(json.dumps({"classes": ["negative", "positive"], "seed": 1, "items": items}), "utf8")
-    return clvq.Study(folder)
+    clvq.write_study(folder, ["negative", "positive"], 1, items, pd.DataFrame(rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """A study that nobody answers."""
+    return write_study(tmp_path_factory.mktemp("human") / "study")
 
 
 @pytest.fixture
-def study(tmp_path) -> clvq.Study:
-    return write_study(tmp_path / "study")
+def study(made, tmp_path) -> clvq_app.AnswerStore:
+    return clvq_app.AnswerStore(shutil.copytree(made, tmp_path / "study"))
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -70,8 +76,9 @@ def test_an_answer_is_there_for_its_rater_alone_and_a_later_one_takes_its_place(
     study.save(one, "0C", "positive", 7)
     study.save(one, "0C", "negative", 9)
     study.save(other, "1C", "positive", 1)
-    assert clvq.Study(study.folder).answers_of(one) == {"0C": ("negative", 9)} and study.answers_of(other) == {"1C": ("positive", 1)}
-    answers = study.answers
+    assert clvq_app.AnswerStore(study.folder).answers_of(one) == {"0C": ("negative", 9)}
+    assert study.answers_of(other) == {"1C": ("positive", 1)}
+    answers = clvq.study_answers(study.folder)
     assert answers[["rater", "item", "answer", "confidence", "method"]].values.tolist() == [
         [1, "0C", "negative", 9, "CLVQ-VAE"],
         [2, "1C", "positive", 1, "CLVQ-VAE"],
@@ -83,22 +90,22 @@ def test_an_answer_is_there_for_its_rater_alone_and_a_later_one_takes_its_place(
 def test_what_is_no_answer_is_refused_and_nothing_is_lost(study, answer):
     token = study.join()
     study.save(token, "0C", "positive", 5)
-    with pytest.raises((ValueError, clvq.sqlite3.IntegrityError)):
+    with pytest.raises((ValueError, sqlite3.IntegrityError)):
         study.save(token, *answer)
     assert study.answers_of(token) == {"0C": ("positive", 5)}
 
 
 def test_a_token_that_nobody_has_reads_and_writes_nothing(study, refused):
-    with refused("nobody has this link"):
+    with refused("belongs to no rater"):
         study.answers_of("' OR 1=1 --")
-    with refused("nobody has this link"):
+    with refused("belongs to no rater"):
         study.save("x", "0C", "positive", 5)
-    assert study.answers.empty
+    assert clvq.study_answers(study.folder).empty
 
 
 def test_twenty_raters_at_once_lose_nothing(study):
     def rate(_: int) -> str:
-        own = clvq.Study(study.folder)
+        own = clvq_app.AnswerStore(study.folder)
         token = own.join()
         for item in own.order(token):
             own.save(token, item, "positive", 5)
@@ -106,14 +113,14 @@ def test_twenty_raters_at_once_lose_nothing(study):
 
     with ThreadPoolExecutor(20) as pool:
         tokens = list(pool.map(rate, range(20)))
-    assert len(set(tokens)) == 20 and len(study.answers) == 20 * len(study.items)
+    assert len(set(tokens)) == 20 and len(clvq.study_answers(study.folder)) == 20 * len(study.items)
     assert all(len(study.answers_of(token)) == len(study.items) for token in tokens)
 
 
 def test_what_was_saved_before_a_kill_is_there(study):
     code = (
-        "import clvq_core as clvq, itertools, pathlib, sys\n"
-        "study = clvq.Study(pathlib.Path(sys.argv[1])); token = study.join(); print(token, flush=True)\n"
+        "import clvq_app, itertools, pathlib, sys\n"
+        "study = clvq_app.AnswerStore(pathlib.Path(sys.argv[1])); token = study.join(); print(token, flush=True)\n"
         "for i in itertools.count():\n"
         "    item = list(study.items)[i % len(study.items)]\n"
         "    study.save(token, item, 'positive', i % 10 + 1); print(item, i % 10 + 1, flush=True)\n"
@@ -143,8 +150,9 @@ def test_every_rater_has_every_item_once_and_methods_take_turns(study):
 
 
 def test_a_folder_without_a_study_is_refused(refused, tmp_path):
-    with refused("no study"):
-        clvq.Study(tmp_path)
+    for read in (clvq_app.AnswerStore, clvq.read_study, clvq.study_answers):
+        with refused("no study"):
+            read(tmp_path)
 
 
 # --- agreement --------------------------------------------------------------------------------------------------------
@@ -194,13 +202,13 @@ def test_raters_who_all_say_one_thing_have_no_agreement_beyond_chance():
 # --- simulated raters, and how many are needed ------------------------------------------------------------------------
 
 
-def test_simulated_raters_read_clouds_of_the_classes_words_and_nothing_else(study):
+def test_simulated_raters_read_clouds_of_the_classes_words_and_nothing_else(made):
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(GOOD if i % 2 else BAD, 4)) for i in range(200)]
     labels = ["positive" if i % 2 else "negative" for i in range(200)]
-    found = clvq.simulated_answers(study, texts, labels, raters=4)
+    found = clvq.simulated_answers(made, texts, labels, raters=4)
     assert (found["answer"] == found["predicted"]).all() and found["confidence"].between(5, 10).all() and len(found) == 4 * 12
-    pd.testing.assert_frame_equal(found, clvq.simulated_answers(study, texts, labels, raters=4))
+    pd.testing.assert_frame_equal(found, clvq.simulated_answers(made, texts, labels, raters=4))
 
 
 def test_as_many_items_as_are_said_to_be_needed_show_the_difference_about_as_often_as_promised():

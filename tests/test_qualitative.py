@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+import clvq_app
 import clvq_core as clvq
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -138,7 +139,7 @@ def explored(n: int = 12) -> pd.DataFrame:
 
 
 def test_what_stands_in_the_data_is_no_markup_in_the_explorer():
-    page = clvq.explorer(explored(), "12 concepts of <i>this</i>")
+    page = clvq_app.explorer_html(explored(), "12 concepts of <i>this</i>")
     assert "<b>film" not in page and "<img src=x" not in page and "&lt;i&gt;this" in page
     assert "(unstable)" in page and page.count("(unstable)") == 1 and "not in the evaluation sentences" in page
 
@@ -148,7 +149,7 @@ def test_the_explorer_is_searched_sorted_and_opened_by_mouse_and_keyboard_from_o
     from playwright.sync_api import sync_playwright
 
     table = explored(1200).assign(words=[f"word{k} ×2, dull ×1" for k in range(1200)])
-    page_file = clvq.write_page(tmp_path / "explorer.html", "Explorer", clvq.explorer(table, "1,200 concepts"))
+    page_file = clvq_app.write_page(tmp_path / "explorer.html", "Explorer", clvq_app.explorer_html(table, "1,200 concepts"))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page, asked, errors = browser.new_page(), [], []

@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_human import write_study
 
+import clvq_app
 import clvq_core as clvq
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -28,7 +30,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def served(folder, port):
     """`clvq annotate`, as a command; killed at the end with all its processes, without a word."""
-    command = [sys.executable, "-m", "clvq_core", "annotate", str(folder), "--port", str(port)]
+    command = [sys.executable, str(Path(clvq_app.__file__)), "annotate", str(folder), "--port", str(port)]
     with open(folder / f"server-{time.time():.0f}.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -70,7 +72,7 @@ def opened(browser, address):
 
 
 def begin(page):
-    page.get_by_label("I take part", exact=False).check()
+    page.get_by_label("I am taking part", exact=False).check()
     page.get_by_role("button", name="Begin").click()
     page.get_by_text("Practice").wait_for()
     rate(page, "food", 10)
@@ -100,7 +102,7 @@ def at(page, number, of=4):
 def test_two_raters_at_once_one_closed_the_server_killed_and_every_answer_there(tmp_path, browser):
     study = write_study(tmp_path / "study", sentences=2)
     port = free_port()
-    with served(study.folder, port):
+    with served(study, port):
         (one, received), (two, _) = (opened(browser, f"http://localhost:{port}/") for _ in range(2))
         for page in (one, two):
             begin(page)
@@ -118,7 +120,7 @@ def test_two_raters_at_once_one_closed_the_server_killed_and_every_answer_there(
         one.close()  # no goodbye
 
         told = "\n".join(received)
-        for secret in ("CLVQ-VAE", "Ward clusters", "key.parquet", "study.json", "answers.sqlite", str(study.folder)):
+        for secret in ("CLVQ-VAE", "Ward clusters", "key.parquet", "study.json", "answers.sqlite", str(study)):
             assert secret not in told, secret
         assert "Word cloud: " in told  # what is looked through has the page's content
 
@@ -126,10 +128,10 @@ def test_two_raters_at_once_one_closed_the_server_killed_and_every_answer_there(
         at(one, 3)  # the two that are answered are not asked again
         rate(one, "positive", 10)
         at(one, 4)
-    kept = clvq.Study(study.folder).answers
+    kept = clvq.study_answers(study)
     assert len(kept) == 4 and kept["rater"].value_counts().to_dict() == {1: 3, 2: 1}
 
-    with served(study.folder, port):  # the one before was killed
+    with served(study, port):  # the one before was killed
         (one, _), (two, _) = (opened(browser, address) for address in (address, two.url))
         at(one, 4)
         at(two, 2)
@@ -142,7 +144,7 @@ def test_two_raters_at_once_one_closed_the_server_killed_and_every_answer_there(
         for page in (one, two):
             page.get_by_text("Thank you").wait_for()
 
-    answers = clvq.Study(study.folder).answers
+    answers = clvq.study_answers(study)
     assert len(answers) == 8 and answers["rater"].value_counts().to_dict() == {1: 4, 2: 4}
     assert not answers.isna().any(axis=None) and answers["confidence"].between(1, 10).all()
     found = clvq.rater_agreement(answers, draws=50).set_index("method")
@@ -153,7 +155,7 @@ def test_two_raters_at_once_one_closed_the_server_killed_and_every_answer_there(
 def welcomed(folder, browser, query=""):
     """A study and the page that greets who comes to its address with this query."""
     study, port = write_study(folder / "study", sentences=1), free_port()
-    with served(study.folder, port):
+    with served(study, port):
         page, _ = opened(browser, f"http://localhost:{port}/{query}")
         page.get_by_role("button", name="Begin").wait_for()
         yield study, page
@@ -164,7 +166,7 @@ def test_an_address_that_is_nobodys_shows_the_welcome_and_nothing_of_it_is_run_o
         assert not page.locator("img[src=x]").count()
         assert page.get_by_role("button", name="Begin").is_disabled()  # before consent
         assert "onerror=alert" not in page.locator("body").inner_html()
-    assert clvq.Study(study.folder).answers.empty
+    assert clvq.study_answers(study).empty
 
 
 SEND = """async ([code]) => {

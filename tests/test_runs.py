@@ -19,6 +19,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
+import clvq_app
 import clvq_core as clvq
 
 ROOT = Path(__file__).parents[1]
@@ -335,7 +336,7 @@ def test_a_cell_that_takes_too_long_is_ended(tmp_path):
 
 @pytest.mark.notebooks
 def test_the_faithfulness_notebook_runs_on_the_news_from_the_command_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "clvq_core", "run", str(FAITHFULNESS), "--scale", "smoke", "-p", "dataset", "news",
+    done = subprocess.run([sys.executable, "-m", "clvq_app", "run", str(FAITHFULNESS), "--scale", "smoke", "-p", "dataset", "news",
                            "-o", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     text = "".join(output.get("text", "") or output.data.get("text/plain", "") for output in outputs(tmp_path / FAITHFULNESS.name)
@@ -359,31 +360,31 @@ CSV_WITHOUT_LABELS = "text,mood\n" + "".join(f"sentence number {i},{i % 2}\n" fo
 def test_what_cannot_run_is_said_in_one_sentence_with_exit_code_2(parameters, sentence, tmp_path, capsys):
     (tmp_path / "reviews.csv").write_text(CSV_WITHOUT_LABELS)
     parameters = [str(tmp_path / "reviews.csv") if text == "FILE" else text for text in parameters]
-    assert clvq.main(["run", str(FAITHFULNESS), "--scale", "smoke", "-o", str(tmp_path / "out"), "-p", *parameters]) == 2
+    assert clvq_app.main(["run", str(FAITHFULNESS), "--scale", "smoke", "-o", str(tmp_path / "out"), "-p", *parameters]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and re.search(sentence, error), error
     assert not (tmp_path / "out").exists()
 
 
 def test_a_notebook_that_does_not_exist_gives_exit_code_2(capsys):
-    assert clvq.main(["run", "nowhere.ipynb"]) == 2
+    assert clvq_app.main(["run", "nowhere.ipynb"]) == 2
     assert "there is no notebook 'nowhere.ipynb'" in capsys.readouterr().err
 
 
 def test_the_command_is_installed_and_its_help_has_examples():
-    done = subprocess.run([sys.executable, "-m", "clvq_core", "run", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "clvq_app", "run", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "examples:" in done.stdout and "-p dataset news" in done.stdout
 
 
 def test_info_and_clean_speak_of_the_cache(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CLVQ_CACHE", str(tmp_path))
-    clvq.finished(tmp_path / "step-1", lambda folder: (folder / "data").write_bytes(bytes(3 * 2**20)))
-    assert clvq.main(["info"]) == 0
+    clvq.finished(tmp_path / "step-1", lambda folder: (folder / "data").write_bytes(bytes(3 * 2**20)), step="step")
+    assert clvq_app.main(["info"]) == 0
     assert "3 MiB" in (shown := capsys.readouterr().out) and str(tmp_path) in shown and "torch" in shown
-    assert clvq.main(["clean", "--older-than", "1"]) == 0 and (tmp_path / "step-1").exists()
-    assert clvq.main(["clean", "--dry-run"]) == 0 and (tmp_path / "step-1").exists()
-    assert clvq.main(["clean"]) == 0 and not (tmp_path / "step-1").exists()
-    assert "removed 1 cached steps, 3 MiB" in capsys.readouterr().out
+    assert clvq_app.main(["clean", "--older-than", "1"]) == 0 and (tmp_path / "step-1").exists()
+    assert clvq_app.main(["clean", "--dry-run"]) == 0 and (tmp_path / "step-1").exists()
+    assert clvq_app.main(["clean"]) == 0 and not (tmp_path / "step-1").exists()
+    assert "removed 1 cached step, 3 MiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("1e-3", 1e-3), ("true", True), ("None", None), ("news", "news"), ("-2", -2)])

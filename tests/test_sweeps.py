@@ -22,13 +22,14 @@ import torch
 from distributed import Client, LocalCluster
 from scipy.stats import t
 
+import clvq_app
 import clvq_core as clvq
 
 ROOT = Path(__file__).parents[1]
 METHOD = ROOT / "notebooks" / "01_method.ipynb"
 QUICK = dict(train_sentences=100, test_sentences=60, finetune_epochs=1, epochs=2, n_codes=20, folds=3, probe_epochs=3)
 DIVERGING = dict(learning_rate=1e15, clip_norm=0.0, standardize_targets=False)
-CLVQ = [sys.executable, "-c", "import sys, clvq_core; sys.exit(clvq_core.main())"]  # what the command `clvq` does
+CLVQ = [sys.executable, "-c", "import sys, clvq_app; sys.exit(clvq_app.main())"]  # what the command `clvq` does
 PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -247,7 +248,7 @@ def test_a_run_that_needs_a_gpu_goes_only_to_a_worker_that_has_one(cluster, tmp_
 
 def test_the_module_called_as_a_command_reaches_a_cluster(cluster, tmp_path):
     path, folder = write_sweep(tmp_path / "grid.yaml", grid={"seed": [0, 1]}, epochs=1), tmp_path / "sweep"
-    command = [sys.executable, "-m", "clvq_core", "sweep", str(path), "-o", str(folder), "--scheduler", cluster[0]]
+    command = [sys.executable, "-m", "clvq_app", "sweep", str(path), "-o", str(folder), "--scheduler", cluster[0]]
     process = subprocess.run(command, env={**os.environ, "PYTHONPATH": PATH}, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-2000:]
     assert len(done(folder)) == 2
@@ -306,7 +307,7 @@ def test_a_killed_sweep_goes_on_where_it_was(straight, fresh_cache, tmp_path):
     kill_in_the_middle(folder, str(path), "--workers", "0")
     before = done(folder)
     assert 1 <= len(before) < 4
-    assert clvq.main(["sweep", str(path), "-o", str(folder), "--workers", "0"]) == 0
+    assert clvq_app.main(["sweep", str(path), "-o", str(folder), "--workers", "0"]) == 0
     after = done(folder)
     assert len(after) == 4 and {name: after[name] for name in before} == before
     same_results(pd.read_parquet(folder / "results.parquet"), straight[1][straight[1]["seed"] < 4])
@@ -331,17 +332,17 @@ def test_a_failed_run_is_reported_with_its_error_while_the_others_finish(fresh_c
     path, folder = write_sweep(tmp_path / "grid.yaml", runs=[DIVERGING, {}]), tmp_path / "sweep"
     bad, good = clvq.read_sweep(path)
     command = ["sweep", str(path), "-o", str(folder), "--workers", "0"]
-    assert clvq.main(command) == 1
+    assert clvq_app.main(command) == 1
     shown = capsys.readouterr().err.strip().splitlines()[-1]
     assert shown.startswith("clvq: 1 of 2 runs failed") and "FloatingPointError" in shown and "1000000000000000.0" in shown
     error = folder / f"{bad.name}.error.txt"
     assert str(error) in shown and "FloatingPointError" in error.read_text() and "Traceback" in error.read_text()
     assert list(done(folder)) == [good.name]
     before, first = done(folder), error.stat().st_mtime_ns
-    assert clvq.main(command) == 1
+    assert clvq_app.main(command) == 1
     assert error.stat().st_mtime_ns > first and done(folder) == before
     capsys.readouterr()
-    assert clvq.main([*command, "--dry-run"]) == 0
+    assert clvq_app.main([*command, "--dry-run"]) == 0
     states = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert "failed" in states[bad.name] and "done" in states[good.name]
 
@@ -460,20 +461,20 @@ def test_a_dry_run_prints_runs_and_what_is_done_and_does_nothing(temperatures, t
     path, folder = temperatures
     more = write_sweep(tmp_path / "more.yaml", grid={"temperature": [0.5, 1, 2], "seed": [0, 1]}, epochs=1)
     before = {file.name for file in folder.iterdir()}
-    assert clvq.main(["sweep", str(more), "-o", str(folder), "--dry-run"]) == 0
+    assert clvq_app.main(["sweep", str(more), "-o", str(folder), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     for run in clvq.read_sweep(more):
         line = next(line for line in shown.splitlines() if run.name in line)
         assert ("to do" in line) == (run.settings["temperature"] == 2) != ("done" in line)
     assert "6 runs, 4 of them done" in shown
     assert {file.name for file in folder.iterdir()} == before
-    assert clvq.main(["sweep", str(path), "-o", str(tmp_path / "new"), "--dry-run"]) == 0
+    assert clvq_app.main(["sweep", str(path), "-o", str(tmp_path / "new"), "--dry-run"]) == 0
     assert "4 runs, 0 of them done" in capsys.readouterr().out and not (tmp_path / "new").exists()
 
 
 def test_results_are_printed_as_means_over_seeds(temperatures, capsys):
     results = pd.read_parquet(temperatures[1] / "results.parquet")
-    assert clvq.main(["results", str(temperatures[1]), "--metric", "perplexity", "--metric", "effective_k"]) == 0
+    assert clvq_app.main(["results", str(temperatures[1]), "--metric", "perplexity", "--metric", "effective_k"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["temperature", "perplexity", "effective_k", "seeds"] and len(lines) == 3
     for line in lines[1:]:
@@ -487,7 +488,7 @@ def test_results_are_printed_as_means_over_seeds(temperatures, capsys):
     [("temperature", "0.5", 2), ("temperature", "1", 2), ("seed", "1", 2), ("finetune", "true", 4), ("scale", "smoke", 4)],
 )
 def test_results_are_filtered_and_exported(temperatures, tmp_path, capsys, name, value, left):
-    assert clvq.main(["results", str(temperatures[1]), "--where", name, value, "--csv", str(tmp_path / "all.csv")]) == 0
+    assert clvq_app.main(["results", str(temperatures[1]), "--where", name, value, "--csv", str(tmp_path / "all.csv")]) == 0
     found, results = pd.read_csv(tmp_path / "all.csv"), pd.read_parquet(temperatures[1] / "results.parquet")
     assert found["run"].nunique() == left and set(found[name]) == {clvq.parse_value(value)}
     own = results[results["run"].isin(found["run"])]
@@ -507,7 +508,7 @@ def test_results_are_filtered_and_exported(temperatures, tmp_path, capsys, name,
     ],
 )
 def test_what_the_commands_cannot_serve_is_said_in_one_line_with_exit_code_2(temperatures, capsys, arguments, part):
-    assert clvq.main([text.format(grid=temperatures[0], sweep=temperatures[1]) for text in arguments]) == 2
+    assert clvq_app.main([text.format(grid=temperatures[0], sweep=temperatures[1]) for text in arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and error.startswith("clvq: ") and part in error
 
@@ -520,7 +521,7 @@ def test_a_sweep_over_a_notebook_has_the_numbers_it_hands_on_and_the_notebook(pi
     own = {"dataset": str(tmp_path / "reviews.csv"), "model": str(pipeline.model_folder), "finetune": False, "epochs": 2}
     path = tmp_path / "grid.yaml"
     path.write_text(json.dumps({"scale": "smoke", "notebook": str(METHOD), "settings": own, "grid": {"n_codes": [12]}}))
-    assert clvq.main(["sweep", str(path), "-o", str(tmp_path / "sweep"), "--workers", "0"]) == 0
+    assert clvq_app.main(["sweep", str(path), "-o", str(tmp_path / "sweep"), "--workers", "0"]) == 0
     results = pd.read_parquet(tmp_path / "sweep" / "results.parquet")
     assert results["epoch"].isna().all() and set(results["n_codes"]) == {12}
     (run,) = clvq.read_sweep(path)
