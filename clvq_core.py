@@ -83,7 +83,7 @@ __all__ = [
     "concept_effects", "agreement", "top_words", "of_class", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep",
     "read_sweep", "seed_means", "means_text", "studies", "removal_table", "log_odds", "word_table", "surface_labels", "alignment",
     "transitions", "draw_flow", "matched", "explorer", "outcomes", "make_study", "Study", "rater_agreement", "simulated_answers",
-    "items_needed", "RatingPage", "annotate",
+    "items_needed", "RatingPage", "annotate", "interval_text",
 ]
 
 
@@ -2505,6 +2505,14 @@ def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, le
             "ami": float(adjusted_mutual_info_score(label, code))}
 
 
+def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: bool = False) -> str:
+    """A number with its interval, as "0.123 (0.100 to 0.150)"; the number alone where it has no interval, "–" where it is missing."""
+    if math.isnan(mean):
+        return "–"
+    numbers = [f"{number:{'+' if sign else ''}.{digits}f}" for number in (mean, low, high)]
+    return numbers[0] if math.isnan(low) or math.isnan(high) else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+
+
 @dataclass(repr=False)
 class Explanation:
     """A text's class, and the concepts of its words; made by `Pipeline.explain`. Prints as text, shows as a card in notebooks."""
@@ -2532,9 +2540,8 @@ class Explanation:
     @property
     def note(self) -> str:
         """What the table's column means."""
-        mean, low, high = self.control
         return (f"Without it: change of the probability of {next(iter(self.chances))} when the concept is taken out of every position. "
-                f"Without a random concept: {mean:+.3f} ({low:+.3f} to {high:+.3f}).")
+                f"Without a random concept: {interval_text(*self.control, sign=True)}.")
 
     def __str__(self) -> str:
         chances = ", ".join(f"{name} {chance:.3f}" for name, chance in self.chances.items())
