@@ -83,7 +83,7 @@ __all__ = [
     "concept_effects", "agreement", "top_words", "of_class", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep",
     "read_sweep", "seed_means", "means_text", "studies", "removal_table", "log_odds", "word_table", "surface_labels", "alignment",
     "transitions", "draw_flow", "matched", "explorer", "outcomes", "make_study", "Study", "rater_agreement", "simulated_answers",
-    "items_needed", "RatingPage", "annotate", "interval_text",
+    "items_needed", "RatingPage", "annotate", "interval_text", "word_p_values",
 ]
 
 
@@ -2400,36 +2400,36 @@ def unlearned(acts: Activations, labels: Int[Tensor, "S"], layer: int, config: C
 # ======================================================================================================
 def mark(text: str, word: str, is_summary: bool) -> str:
     """The text with the word's first occurrence in guillemets, or as it is for the summary position."""
-    return text if is_summary else re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", f"«{word}»", text, count=1)
+    pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
+    return text if is_summary else re.sub(pattern, lambda match: f"«{match[0]}»", text, count=1)
 
 
 def concept_table(tokens: pd.DataFrame, codes: Int[Tensor, "N"], texts: Sequence[str], labels: Sequence[int],
                   label_names: Sequence[str], n_codes: int, n_words: int = 10, n_examples: int = 3) -> pd.DataFrame:
     """What each code stands for: a row a concept, unused ones too, the largest first.
 
-    ``tokens`` and ``codes`` come from one pass in evaluation mode. Columns: concept, size, words (each with its count), word_counts
-    (as JSON, all of them), label (of most of its positions), purity (their share), summary_share, examples (sentences of
-    different texts, the word in guillemets).
+    ``tokens`` and ``codes`` come from one pass in evaluation mode. Columns: concept, size, words (each with its count),
+    word_counts (all, as JSON), label (of most of its positions), purity (their share), summary_share, examples (of
+    different sentences, the word in guillemets).
     """
-    table = tokens.assign(concept=codes.numpy(), label=np.asarray(labels)[tokens["sentence"]])
-    by_concept = table.groupby("concept")
-    size = by_concept.size().reindex(range(n_codes), fill_value=0)
-    mix = table.groupby(["concept", "label"]).size().unstack(fill_value=0).reindex(size.index, fill_value=0)
-    counts = table.groupby("concept")["word"].value_counts()
-    words = {concept: part.droplevel(0) for concept, part in counts.groupby(level=0)}
-    shown = table.drop_duplicates(["concept", "sentence"]).groupby("concept").head(n_examples)
-    marked = [mark(texts[s], w, summary) for s, w, summary in shown[["sentence", "word", "is_summary"]].itertuples(index=False)]
-    examples = pd.Series(marked, shown["concept"].to_numpy(), dtype=object).groupby(level=0).agg(list).to_dict()
-    empty = pd.Series(dtype=int)
+    table = tokens.assign(concept=codes.cpu().numpy(), label=np.asarray(labels)[tokens["sentence"]])
+    concepts, by_concept = pd.RangeIndex(n_codes), table.groupby("concept")
+    size = by_concept.size().reindex(concepts, fill_value=0)
+    by_label = table.groupby(["concept", "label"]).size().unstack(fill_value=0).reindex(concepts, fill_value=0)
+    words = {k: n.droplevel(0).to_dict() for k, n in by_concept["word"].value_counts().groupby(level=0)}
+    word_counts = [json.dumps(words.get(k, {}), ensure_ascii=False) for k in concepts]
+    first = table.drop_duplicates(["concept", "sentence"]).groupby("concept").head(n_examples)
+    marked = [mark(texts[sentence], word, is_summary) for sentence, word, is_summary in
+              first[["sentence", "word", "is_summary"]].itertuples(index=False)]
+    examples = pd.Series(marked, first["concept"].to_numpy(), dtype=object).groupby(level=0).agg(list)
     return pd.DataFrame({
-        "concept": size.index, "size": size.to_numpy(),
-        "words": [", ".join(f"{w} ×{n}" for w, n in words.get(k, empty).head(n_words).items()) for k in size.index],
-        "word_counts": [json.dumps(words.get(k, empty).to_dict(), ensure_ascii=False) for k in size.index],
-        "label": [label_names[mix.columns[i]] if n else "" for i, n in zip(mix.to_numpy().argmax(1), size, strict=True)],
-        "purity": (mix.max(axis=1) / size.where(size > 0)).to_numpy(),
-        "summary_share": by_concept["is_summary"].mean().reindex(size.index).to_numpy(),
-        "examples": [examples.get(k, []) for k in size.index],
-    }).sort_values("size", ascending=False, kind="stable").reset_index(drop=True)
+        "concept": concepts, "size": size,
+        "words": [top_words(counts, n_words) for counts in word_counts], "word_counts": word_counts,
+        "label": np.where(size > 0, np.asarray(label_names, dtype=object)[by_label.idxmax(axis=1)], ""),
+        "purity": by_label.max(axis=1) / size.where(size > 0),
+        "summary_share": by_concept["is_summary"].mean().reindex(concepts),
+        "examples": [examples.get(k, []) for k in concepts],
+    }).sort_values("size", ascending=False, kind="stable", ignore_index=True)
 
 
 def top_words(word_counts: str, n: int = 5) -> str:
@@ -2438,38 +2438,54 @@ def top_words(word_counts: str, n: int = 5) -> str:
 
 
 def of_class(labels: pd.Series, purity: pd.Series) -> list[str]:
-    """Most frequent class and its share, as shown; nothing for concepts that no training state has."""
+    """Most frequent class and its share, as text; "–" for concepts that no training state has."""
     return [f"{label} {share:.0%}" if label else "–" for label, share in zip(labels, purity, strict=True)]
 
 
 def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
-    r"""How much a word belongs to a concept rather than to all others, by (concept, word), from how often each is seen.
+    r"""How much more often a word is in a concept than in all others, by (concept, word), from how often each is seen.
 
-    z-scores of the log-odds ratio with a Dirichlet prior that is worth ``prior`` words (None: as many as there are), shared out as in all
-    concepts together (Monroe et al. 2008, equations 16, 20 and 22): with a small one, a rare word seen once would pass for specific.
-    Above 0: more often than elsewhere; above 1.96 hardly by chance.
+    z-scores of the log-odds ratio with a Dirichlet prior worth ``prior`` words (None: as many as there are), spread as
+    over all concepts together (Monroe et al. 2008, equations 16, 20 and 22): with a small prior, a rare word seen once
+    would pass for specific. They rank words; whether a word is there by chance, `word_p_values` says.
     """
-    word = counts.index.get_level_values(1)
-    of_word, own = counts.groupby(level=1).sum(), counts.groupby(level=0).transform("sum")
-    there, total = of_word.loc[word].to_numpy(), counts.sum()
+    in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
+    total = counts.sum()
     prior = total if prior is None else prior
-    a = prior * there / total
-    y, other = counts + a, there - counts + a
-    ratio = np.log(y / (own + prior - y)) - np.log(other / (total - own + prior - other))
-    return ratio / np.sqrt(1 / y + 1 / other)
+    pseudo = prior * in_all / total
+    inside, outside = counts + pseudo, in_all - counts + pseudo
+    ratio = np.log(inside / (size + prior - inside)) - np.log(outside / (total - size + prior - outside))
+    return ratio / np.sqrt(1 / inside + 1 / outside)
+
+
+def word_p_values(counts: pd.Series) -> pd.Series:
+    """p-values of each word in its concept, had words been dealt to concepts by size; ``counts`` as for `log_odds`.
+
+    Corrected for the thousands of words compared (Benjamini and Hochberg 1995): of those below 0.05, about 5 % at most are
+    there by chance. One-sided: only words *more* frequent than elsewhere count. Pairs never seen together have p = 1.
+    """
+    from scipy.stats import binom, false_discovery_control
+
+    in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
+    pairs = math.prod(counts.index.remove_unused_levels().levshape)
+    adjusted = false_discovery_control(binom.sf(counts - 1, in_all, size / counts.sum())) * pairs / len(counts)
+    return pd.Series(adjusted, counts.index).clip(upper=1)
 
 
 def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int], n: int = 8) -> pd.DataFrame:
-    """The ``n`` most frequent and the ``n`` most specific words of these concepts, as clouds show them: concept, word, times, share of
-    the word's occurrences, specificity. ``counts`` as for `log_odds`, ``specificity`` as it gives."""
-    total = counts.groupby(level=1).sum()
-    rows = []
-    for concept in dict.fromkeys(concepts):
-        own, z = counts[concept], specificity[concept]
-        words = list(dict.fromkeys([*own.nlargest(n).index, *z.nlargest(n).index]))
-        of = {"times": own[words], "share of the word's occurrences": own[words] / total[words], "specificity": z[words]}
-        rows.append(pd.DataFrame({"concept": f"#{concept}", "word": words, **{name: values.to_numpy() for name, values in of.items()}}))
-    return pd.concat(rows, ignore_index=True)
+    """The ``n`` most frequent and the ``n`` most specific words of these concepts, as clouds show them.
+
+    Columns: concept, word, times, share of the word's occurrences, specificity (from `log_odds`), adjusted p (`word_p_values`).
+    """
+    share = counts / counts.groupby(level=1).transform("sum")
+    table = pd.DataFrame({"times": counts, "share of the word's occurrences": share, "specificity": specificity,
+                          "adjusted p": word_p_values(counts)})
+    parts = {}
+    for concept in concepts:
+        words = table.loc[concept]
+        shown = [*words["times"].nlargest(n).index, *words["specificity"].nlargest(n).index]
+        parts[f"#{concept}"] = words.loc[list(dict.fromkeys(shown))]
+    return pd.concat(parts, names=["concept", "word"]).reset_index()
 
 
 @cache
@@ -2485,56 +2501,62 @@ SUFFIXES = ("able", "ing", "ion", "est", "ful", "ous", "ive", "ers", "ed", "ly",
 
 def word_form(word: str) -> str:
     """number, punctuation, UPPER, Title, lower or other."""
-    if any(c.isdigit() for c in word):
+    if any(character.isdigit() for character in word):
         return "number"
-    if not any(c.isalpha() for c in word):
+    if not any(character.isalpha() for character in word):
         return "punctuation"
-    return "UPPER" if word.isupper() and len(word) > 1 else "Title" if word[0].isupper() else "lower" if word.islower() else "other"
+    if word.isupper() and len(word) > 1:
+        return "UPPER"
+    return "Title" if word[0].isupper() else "lower" if word.islower() else "other"
 
 
 def suffix(word: str) -> str:
-    """The longest of `SUFFIXES` that a word of letters ends with, three letters before it at least; else nothing."""
-    return next((end for end in SUFFIXES if word.isalpha() and word.lower().endswith(end) and len(word) >= len(end) + 3), "")
+    """The first of `SUFFIXES` that a word of letters ends with, after three other letters or more; else nothing."""
+    stem = word.lower() if word.isalpha() else ""
+    return next((end for end in SUFFIXES if stem.endswith(end) and len(stem) >= len(end) + 3), "")
 
 
 def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """What can be seen of each word without a model, a column a kind, a row a row of ``tokens``: form, suffix, place in the sentence,
-    sentiment (VADER's lexicon, Hutto and Gilbert 2014), class of its sentence (``labels``, by sentence). Summaries have none."""
-    lexicon = sentiment_lexicon()
-    word, last = tokens["word"], tokens.groupby("sentence")["position"].transform("max")
-    valence = word.str.lower().map(lexicon).fillna(0.0)
-    found = pd.DataFrame({
+    """What can be seen of each word without a model, a row a row of ``tokens``; None for summaries.
+
+    Columns: form, suffix, place, sentiment (VADER, Hutto and Gilbert 2014), class (of its sentence, from ``labels``).
+    """
+    word, position = tokens["word"], tokens["position"]
+    last = tokens.groupby("sentence")["position"].transform("max")
+    valence = word.str.lower().map(sentiment_lexicon()).fillna(0.0)
+    surface = pd.DataFrame({
         "form": word.map(word_form), "suffix": word.map(suffix),
-        "place": np.select([tokens["position"] == 1, tokens["position"] == last], ["first", "last"], "inside"),
+        "place": np.select([position == 1, position == last], ["first", "last"], "inside"),
         "sentiment": np.select([valence > 0, valence < 0], ["positive", "negative"], ""),
         "class": np.asarray(labels, dtype=object)[tokens["sentence"]]})
-    found.loc[tokens["is_summary"]] = None
-    return found
+    surface.loc[tokens["is_summary"]] = None
+    return surface
 
 
-def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, least: int = 5, seed: int = 0) -> dict[str, float]:
+def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, least: int = 5,
+              seed: int = 0) -> dict[str, float]:
     """How far concepts go along with labels of tokens (empty: no label), as in ConceptX (Sajjad et al. 2022).
 
-    aligned: share of concepts with ``least`` tokens or more of which ``share`` have one label; by_chance: the same when labels are
-    shuffled over the tokens; ami: adjusted mutual information, 0 by chance and 1 where concepts and labels are the same division.
+    aligned: share of the concepts with ``least`` tokens or more of which ``share`` have one label; by_chance: the same
+    with labels shuffled over the tokens; ami: adjusted mutual information, 0 by chance, 1 for the same division.
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
-    here = labels.notna().to_numpy()
-    code, label = codes.numpy()[here], labels[here].to_numpy(dtype=str)
+    labelled = labels.notna().to_numpy()
+    code, label = codes.cpu().numpy()[labelled], labels[labelled].to_numpy(dtype=str)
 
     def aligned(names: np.ndarray) -> float:
         table = pd.crosstab(code, names)
         size = table.sum(axis=1)
-        best = table.drop(columns="", errors="ignore").max(axis=1)
-        return float((best / size)[size >= least].ge(share).mean())
+        largest = table.drop(columns="", errors="ignore").max(axis=1)
+        return float((largest / size)[size >= least].ge(share).mean())
 
     return {"aligned": aligned(label), "by_chance": aligned(np.random.default_rng(seed).permutation(label)),
             "ami": float(adjusted_mutual_info_score(label, code))}
 
 
 def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: bool = False) -> str:
-    """A number with its interval, as "0.123 (0.100 to 0.150)"; the number alone where it has no interval, "–" where it is missing."""
+    """A number with its interval: "0.123 (0.100 to 0.150)"; alone where it has no interval; "–" where it is missing."""
     if math.isnan(mean):
         return "–"
     numbers = [f"{number:{'+' if sign else ''}.{digits}f}" for number in (mean, low, high)]
@@ -2543,33 +2565,34 @@ def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: b
 
 @dataclass(repr=False)
 class Explanation:
-    """A text's class, and the concepts of its words; made by `Pipeline.explain`. Prints as text, shows as a card in notebooks."""
+    """A text's class and its words' concepts, by `Pipeline.explain`. Prints as text, and shows as a card in notebooks."""
 
     text: str
     chances: dict[str, float]
     """The probability that the language model gives each class, the highest first."""
     words: pd.DataFrame
-    """A row a word in the order of the text: word, salience, concept, concept_words, label and purity (class of most of the
+    """A row a word, in the text's order: word, salience, concept, concept_words, label and purity (class of most of the
     concept's training states, and their share), change (of the first class's probability without the concept)."""
     control: tuple[float, float, float]
     """The same change for random concepts: mean, lowest, highest."""
     examples: dict[int, list[str]]
-    """Training sentences nearest to each of the concepts of the most salient words, the word in guillemets."""
+    """The training sentences nearest to each concept of the most salient words, the word in guillemets."""
 
     @property
     def table(self) -> pd.DataFrame:
-        """The words whose concepts have examples, the most salient first, as they are shown."""
-        words = self.words[self.words["concept"].isin(list(self.examples))].sort_values("salience", ascending=False, kind="stable")
+        """The words whose concepts have examples, the most salient first, as text."""
+        words = self.words[self.words["concept"].isin(list(self.examples))]
+        words = words.sort_values("salience", ascending=False, kind="stable")
         return pd.DataFrame({
-            "word": words["word"], "salience": words["salience"].map("{:.2f}".format), "concept": words["concept"].map("#{}".format),
-            "class": of_class(words["label"], words["purity"]),
+            "word": words["word"], "salience": words["salience"].map("{:.2f}".format),
+            "concept": words["concept"].map("#{}".format), "class": of_class(words["label"], words["purity"]),
             "without it": words["change"].map("{:+.3f}".format), "words of the concept": words["concept_words"]})
 
     @property
     def note(self) -> str:
-        """What the table's column means."""
-        return (f"Without it: change of the probability of {next(iter(self.chances))} when the concept is taken out of every position. "
-                f"Without a random concept: {interval_text(*self.control, sign=True)}.")
+        """What the column "without it" means."""
+        return (f"Without it: change of the probability of {next(iter(self.chances))} when the concept is removed from "
+                f"every position. Without a random concept: {interval_text(*self.control, sign=True)}.")
 
     def __str__(self) -> str:
         chances = ", ".join(f"{name} {chance:.3f}" for name, chance in self.chances.items())
@@ -2581,16 +2604,20 @@ class Explanation:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        """A card. Nothing in it is markup but its own."""
-        shades = (self.words["salience"].clip(lower=0) / max(self.words["salience"].abs().max(), 1e-9)).map("{:.2f}".format)
-        text = " ".join(f'<span style="background: rgba(230, 120, 30, {shade}); padding: 0 .15em">{html.escape(word)}</span>'
+        """A card in which nothing is markup but its own."""
+        shades = self.words["salience"].clip(lower=0) / max(self.words["salience"].abs().max(), 1e-9)
+        style = "padding: 0 .15em; background: rgba(230, 120, 30, {:.2f})"
+        text = " ".join(f'<span style="{style.format(shade)}">{html.escape(word)}</span>'
                         for shade, word in zip(shades, self.words["word"], strict=True))
         chances = "".join(f'<div><meter max="1" value="{chance:.3f}"></meter> {chance:.3f} {html.escape(name)}</div>'
                           for name, chance in self.chances.items())
-        lists = "".join(f"<details><summary>#{concept}, nearest in the training text</summary><ul>"
-                        f"{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul></details>"
-                        for concept, sentences in self.examples.items())
-        return (f'<p style="line-height: 1.8">{text}</p>{chances}{plain_html(self.table)}<p>{html.escape(self.note)}</p>{lists}')
+        with pd.option_context("display.max_colwidth", None):                   # cut nothing
+            table = self.table.to_html(index=False, border=0, justify="left")
+        lists = ""
+        for concept, sentences in self.examples.items():
+            items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+            lists += f"<details><summary>#{concept}, nearest in the training text</summary><ul>{items}</ul></details>"
+        return f'<p style="line-height: 1.8">{text}</p>{chances}{table}<p>{html.escape(self.note)}</p>{lists}'
 
 
 def plain_html(frame: pd.DataFrame) -> str:
@@ -2621,34 +2648,34 @@ def write_page(path: Path, title: str, body: str) -> Path:
 
 
 def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFrame:
-    """Which concept at one layer becomes which at another, the tokens being the same: a row a pair that occurs, the most frequent first.
+    """Which concept of one layer becomes which of another, for the same tokens: a row a pair, the most frequent first.
 
-    Columns: source, target, count, share (of the source concept's tokens), lift (share over what the target concept has of all tokens).
+    Columns: source, target, count, share (of the source's tokens), lift (share over the target's share of all tokens).
     """
-    table = pd.DataFrame({"source": source.numpy(), "target": target.numpy()}).value_counts().reset_index()
-    of_source, of_target = (table.groupby(name)["count"].transform("sum") for name in ("source", "target"))
+    table = pd.DataFrame({"source": source.cpu().numpy(), "target": target.cpu().numpy()}).value_counts().reset_index()
+    of_source, of_target = (table.groupby(side)["count"].transform("sum") for side in ("source", "target"))
     return table.assign(share=table["count"] / of_source, lift=table["count"] * len(source) / (of_source * of_target))
 
 
 def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[int, str], Mapping[int, str]]) -> None:
-    """The given rows of `transitions` as bands from left to right, as wide as they have tokens; ``names`` of source and target concepts."""
+    """Draw `transitions` as bands from left to right, as wide as they have tokens; ``names`` of sources and targets."""
     gap = 0.02 * flow["count"].sum()
-    ends: list[dict[Any, float]] = []
-    for side, (column, label) in enumerate(zip(("source", "target"), names, strict=True)):
-        size, top = flow.groupby(column, sort=False)["count"].sum(), 0.0
-        ends.append({})
-        for concept, height in zip(size.index.tolist(), size.tolist(), strict=True):
+    starts: tuple[dict[int, float], dict[int, float]] = ({}, {})                # where each concept's next band begins
+    for side, column in enumerate(("source", "target")):
+        top = 0.0
+        for concept, height in flow.groupby(column, sort=False)["count"].sum().items():
+            starts[side][concept] = top
             axes.barh(top + height / 2, 0.04, height, left=side - 0.02, color="#7f7f7f")
-            at = (side + (-0.04, 0.04)[side], top + height / 2)
-            axes.text(*at, label[concept], ha=("right", "left")[side], va="center", fontsize="small")
-            ends[-1][concept], top = top, top + height + gap
+            axes.text(side + (-0.04, 0.04)[side], top + height / 2, names[side][concept], ha=("right", "left")[side],
+                      va="center", fontsize="small", parse_math=False)
+            top += height + gap
     x = np.linspace(0, 1, 60)
     ease = 3 * x**2 - 2 * x**3
     for i, (source, target, count) in enumerate(flow[["source", "target", "count"]].to_numpy().tolist()):
-        low = ends[0][source] + (ends[1][target] - ends[0][source]) * ease
+        low = starts[0][source] + (starts[1][target] - starts[0][source]) * ease
         axes.fill_between(0.02 + 0.96 * x, low, low + count, alpha=0.4, linewidth=0, color=f"C{i % 10}")
-        ends[0][source] += count
-        ends[1][target] += count
+        starts[0][source] += count
+        starts[1][target] += count
     axes.invert_yaxis()
     axes.axis("off")
 
@@ -2657,8 +2684,9 @@ def codebook_map(vectors: Float[Tensor, "K D"], seed: int = 42) -> Float[np.ndar
     """Codes in a plane, near ones near: t-SNE of their cosine distances (van der Maaten and Hinton 2008)."""
     from sklearn.manifold import TSNE
 
-    x = vectors.cpu().double().numpy()
-    return TSNE(metric="cosine", init="random", perplexity=min(30.0, (len(x) - 1) / 3), random_state=seed).fit_transform(x)
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
+    return tsne.fit_transform(vectors.cpu().double().numpy())
 
 
 PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")
@@ -2740,62 +2768,66 @@ def explorer(table: pd.DataFrame, about: str) -> str:
 
 
 def cloud_font(words: Iterable[str]) -> str:
-    """A font that can write these words: DejaVu Sans, or of those that this machine has the one that lacks the fewest characters."""
+    """The font that lacks the fewest characters of these words: DejaVu Sans, or a better one of this machine's."""
     from matplotlib import font_manager, get_data_path
-    from matplotlib.font_manager import get_font
+    from PIL import ImageFont
 
     needed = {ord(character) for word in words for character in word if not character.isspace()}
-    path = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-    if not (lacking := needed - get_font(path).get_charmap().keys()):
-        return path
-    others = {other: len(needed - get_font(other).get_charmap().keys()) for other in sorted(font_manager.findSystemFonts())}
-    best = min(others, key=lambda other: others[other], default=path)
-    return best if others.get(best, len(lacking)) < len(lacking) else path
+
+    def lacking(path: str) -> int:
+        try:
+            ImageFont.truetype(path, 20)                                        # bitmap fonts have no such size
+            return len(needed - font_manager.get_font(path).get_charmap().keys())
+        except (OSError, RuntimeError):
+            return len(needed)
+
+    dejavu = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    return dejavu if not lacking(dejavu) else min([dejavu, *sorted(font_manager.findSystemFonts())], key=lacking)
 
 
 def word_cloud(counts: Mapping[str, float], axes: Any, title: str = "") -> None:
-    """Draw a concept's words, sized by count, on transparent ground in colours that can be read on light and dark."""
+    """Draw a concept's words, sized by count, on transparent ground in colours for light and dark pages."""
     from wordcloud import WordCloud
 
-    cloud = WordCloud(width=640, height=400, mode="RGBA", background_color=None, random_state=0, max_words=20, prefer_horizontal=1,
-                      min_font_size=14, margin=6, relative_scaling=0.4, font_path=cloud_font(counts),
+    cloud = WordCloud(font_path=cloud_font(counts), width=640, height=400, mode="RGBA", background_color=None, margin=6,
+                      max_words=20, random_state=0, prefer_horizontal=1, min_font_size=14, relative_scaling=0.4,
                       color_func=lambda word, **_: PALETTE[int(hash_text(word)[:8], 16) % len(PALETTE)])
     axes.imshow(cloud.generate_from_frequencies(dict(counts)), interpolation="bilinear")
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     axes.axis("off")
 
 
 def plot_style() -> None:
-    """Figures that can be read on a light and on a dark page: transparent ground, grey text, colour-blind palette."""
+    """Figures for light and dark pages: transparent ground, grey text, colour-blind palette."""
     import matplotlib as mpl
     import seaborn as sns
 
-    grey = "#7f7f7f"
     sns.set_theme(style="ticks", palette="colorblind", font_scale=0.95)
-    parts: dict[Any, str] = {f"{part}.color": grey for part in ("text", "xtick", "ytick")}
-    mpl.rcParams.update({"figure.dpi": 110, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-                         "legend.facecolor": "none", "legend.edgecolor": "none", "legend.framealpha": 0, "patch.edgecolor": "none",
-                         "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
-                         **parts, "axes.labelcolor": grey, "axes.edgecolor": grey, "axes.titlecolor": grey})
+    grey = ("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
+    clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor", "legend.edgecolor")
+    style: dict[Any, Any] = dict.fromkeys(grey, "#7f7f7f") | dict.fromkeys((*clear, "patch.edgecolor"), "none")
+    mpl.rcParams.update(style | {"axes.spines.top": False, "axes.spines.right": False, "legend.framealpha": 0,
+                                 "figure.dpi": 110, "figure.constrained_layout.use": True})
 
 
 def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 3, sortable: bool = False) -> None:
-    """Show a table: in the book with a caption and a name to refer to (and ``sortable`` by its columns), as HTML in Colab and Jupyter.
-    Nothing in it is markup."""
+    """Show a table in which nothing is markup; in the book with a caption, a name to refer to and ``sortable`` columns."""
     from IPython.display import display
 
-    shown = frame.copy()
-    for column in shown.select_dtypes("number"):
-        whole = pd.api.types.is_integer_dtype(shown[column])
-        shown[column] = [("" if pd.isna(v) else f"{v:,}" if whole else f"{v:.{digits}f}") for v in shown[column]]
-    shown = shown.fillna("").astype(str).map(lambda text: re.sub(r"(?<![\w.])-(?=\d)", "−", text))             # a real minus
-    sides = ["---:" if shown[column].str.fullmatch(r"[\d.,%−+–]*").all() else "---" for column in shown]
-    clean = shown.map(lambda text: re.sub(r"([\\`*_{}\[\]<>$|~#])", r"\\\1", text.replace("\n", " ")))
-    rows = [f"| {' | '.join(row)} |" for row in [list(clean.columns), sides, *clean.to_numpy().tolist()]]
-    head = f"~~~{{table}} {caption}\n" + (f":name: {name}\n" if name else "") + (":class: sortable\n" if sortable else "")
-    display({"text/markdown": "\n".join([head, *rows, "~~~\n"]),
-             "text/html": f"<p><em>{html.escape(caption)}</em></p>{shown.to_html(index=False, border=0)}",
-             "text/plain": f"{caption}\n{shown.to_string(index=False)}"}, raw=True)
+    def escaped(cell: str) -> str:
+        return re.sub(r"([\\`*_{}\[\]<>$|~#&])", r"\\\1", cell.replace("\n", " "))
+
+    text = frame.copy()
+    for column in text.select_dtypes("number"):
+        form = "{:,}" if pd.api.types.is_integer_dtype(text[column]) else f"{{:.{digits}f}}"
+        text[column] = ["" if pd.isna(number) else form.format(number) for number in text[column]]
+    text = text.fillna("").astype(str).map(lambda cell: re.sub(r"(?<![\w.])-(?=\d)", "−", cell))    # a real minus
+    sides = ["---:" if text[column].str.fullmatch(r"[\d.,%−+–]*").all() else "---" for column in text]
+    rows = [map(escaped, map(str, text)), sides, *text.map(escaped).to_numpy().tolist()]
+    head = f"~~~{{table}} {caption}\n" + f":name: {name}\n" * bool(name) + ":class: sortable\n" * sortable
+    display({"text/markdown": "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows), "~~~\n"]),
+             "text/html": f"<p><em>{html.escape(caption)}</em></p>{text.to_html(index=False, border=0)}",
+             "text/plain": f"{caption}\n{text.to_string(index=False)}"}, raw=True)
 
 
 def glue(**values: Any) -> None:
