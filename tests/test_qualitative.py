@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 import clvq_app
 import clvq_core as clvq
@@ -42,6 +43,27 @@ def test_the_words_beside_a_cloud_are_its_most_frequent_and_most_specific_ones()
     found = clvq.word_table(table, clvq.log_odds(table), [0, 0], n=2).set_index("word")
     assert set(found.index) == {"the", "of", "love", "heart"} and (found["concept"] == "#0").all()
     assert found.loc["love", "times"] == 9 and found.loc["love", "share of the word's occurrences"] == 0.9
+
+
+def test_words_dealt_at_random_are_not_specific_and_planted_ones_are():
+    draw = np.random.default_rng(0)
+    concept, word = draw.integers(0, 50, 20000), draw.zipf(1.5, 20000) % 3000
+    dealt = pd.Series(1, range(20000)).groupby([concept, word]).size()
+    assert (clvq.log_odds(dealt, prior=10) > 1.96).sum() > 500  # what is said of one word is not said of thousands
+    assert (clvq.word_p_values(dealt) < 0.05).sum() == 0 and (clvq.log_odds(dealt) > 1.96).sum() == 0
+    word[concept == 7] = np.where(draw.random((concept == 7).sum()) < 0.1, 5000, word[concept == 7])
+    p = clvq.word_p_values(pd.Series(1, range(20000)).groupby([concept, word]).size())
+    assert p[p < 0.05].index.tolist() == [(7, 5000)] and p.between(0, 1).all()
+
+
+def test_the_p_values_of_words_are_binomial_and_adjusted_over_all_pairs():
+    table = counts({0: {"the": 20, "film": 40}, 1: {"the": 20, "film": 18, "dull": 2}})
+    times = table.groupby(level=1).sum()
+    p = [stats.binomtest(n, times[word], [0.6, 0.4][concept], "greater").pvalue for (concept, word), n in table.items()]
+    expected = stats.false_discovery_control([*p, 1])[:-1]  # "dull" is never in concept 0
+    np.testing.assert_allclose(clvq.word_p_values(table), expected)
+    shown = clvq.word_table(table, clvq.log_odds(table), [1]).set_index("word")
+    assert shown["adjusted p"].to_dict() == clvq.word_p_values(table)[1].to_dict()
 
 
 def test_one_concept_alone_has_finite_log_odds():
@@ -127,6 +149,32 @@ def test_a_cloud_is_drawn_whatever_the_script_by_the_font_that_lacks_least(words
     fonts = [f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", *font_manager.findSystemFonts()]
     lacking = {font: len(needed - font_manager.get_font(font).get_charmap().keys()) for font in fonts}
     assert lacking[clvq.cloud_font(words)] == min(lacking.values())
+
+
+@pytest.mark.parametrize("words", [["film"], ["映画"]])
+def test_a_font_that_cannot_be_read_does_not_keep_a_cloud_from_being_drawn(tmp_path, monkeypatch, words):
+    from matplotlib import font_manager, get_data_path
+    from matplotlib import pyplot as plt
+
+    broken, empty = tmp_path / "Broken.ttf", tmp_path / "Empty.otf"
+    broken.write_bytes(b"no font at all")
+    empty.write_bytes(b"")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(broken), str(empty), str(tmp_path / "gone.ttf")])
+    assert clvq.cloud_font(words) == f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    figure, axes = plt.subplots()
+    clvq.word_cloud(dict.fromkeys(words, 2), axes)
+    plt.close(figure)
+
+
+def test_dollars_and_backslashes_in_names_are_no_formulas(tmp_path):
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2)
+    clvq.word_cloud({"film": 2}, axes[0], r"class $\no$")
+    flow = clvq.transitions(torch.tensor([0]), torch.tensor([5]))
+    clvq.draw_flow(flow, axes[1], ({0: r"$\no$"}, {5: "$5, $6"}))
+    figure.savefig(tmp_path / "figure.png")
+    plt.close(figure)
 
 
 def explored(n: int = 12) -> pd.DataFrame:
