@@ -984,6 +984,16 @@ def convert_gguf(file: Path, folder: Path) -> None:
         plain.save_pretrained(folder)
 
 
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""Endings of the files that transformers reads of a model's folder: weights, configuration, tokenizer, templates."""
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Every file of a model's folder that can change its results, by name: weights, configuration and tokenizer."""
+    return sorted(path for path in folder.iterdir()
+                  if path.is_file() and path.suffix in MODEL_FILES and path.name not in ("environment.json", "README.txt"))
+
+
 def find_model(name: str) -> Path:
     """The folder of a model: an embedded one, a local folder, or a snapshot from the Hub (weights as safetensors only)."""
     if name == "minilm":
@@ -1001,7 +1011,7 @@ def find_model(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=[f"*{ending}" for ending in MODEL_FILES]))
     except GatedRepoError as error:
         raise ValueError(f"model {name!r} is gated: accept its terms on its page of the Hub, and log in (hf auth login)") from error
     except Exception as error:
