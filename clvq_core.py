@@ -900,14 +900,6 @@ class Prompted(nn.Module):
         self.config, self.base_model = causal.config, causal.base_model
         self.config.num_labels = len(answers)
 
-    @property
-    def device(self) -> torch.device:
-        return self.causal.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.causal.dtype
-
     def forward(self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]) -> SimpleNamespace:
         states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
         last = attention_mask.sum(1).to(states.device) - 1
@@ -946,7 +938,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.base_model.device
 
     @property
     def sees_blanks(self) -> bool:
@@ -1004,11 +996,6 @@ def load_pretrained(kind: str, folder: Path, name: str, **options: Any) -> Any:
                              "choose a model that the package transformers knows by itself")
     with quiet_transformers():
         return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False, **options)
-
-
-def load_model_config(folder: Path, name: str) -> Any:
-    """The model's own configuration, read without its weights."""
-    return load_pretrained("AutoConfig", folder, name)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -1072,7 +1059,7 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     tokenizer = load_pretrained("AutoTokenizer", folder, name, use_fast=True)
     if not tokenizer.is_fast:
         raise ValueError(f"model {name!r} has no fast tokenizer, so its sub-words cannot be aligned with words")
-    if continues_text(load_model_config(folder, name)):
+    if continues_text(load_pretrained("AutoConfig", folder, name)):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     elif tokenizer.cls_token_id is None:
@@ -1080,28 +1067,12 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     return tokenizer
 
 
-class Subwords(NamedTuple):
-    """A text as sub-words."""
-
-    ids: list[int]
-    """Token ids, special ones included."""
-    special: Bool[np.ndarray, "T"]
-    """Which ones the tokenizer added."""
-    starts: Int[np.ndarray, "T"]
-    """The character at which each begins."""
-    ends: Int[np.ndarray, "T"]
-    """The character after its last."""
-
-
-def subwords(tokenizer: Any, texts: Sequence[str], ending: bool = False) -> list[Subwords]:
-    """Each text as sub-words. Without ``ending``, special tokens after the text are left off, so that it can go on."""
-    pieces = []
-    for encoding in tokenizer(list(texts), verbose=False).encodings:
-        special = np.array(encoding.special_tokens_mask, dtype=bool)
-        length = len(special) if ending else 1 + max(np.flatnonzero(~special), default=-1)
-        starts, ends = np.array(encoding.offsets).reshape(-1, 2)[:length].T
-        pieces.append(Subwords(encoding.ids[:length], special[:length], starts, ends))
-    return pieces
+def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
+    """The tokenizer's encodings of texts without the special tokens after them, so that a model can go on."""
+    encodings = tokenizer(list(texts), verbose=False).encodings
+    for encoding in encodings:
+        encoding.truncate(1 + max(np.flatnonzero(np.array(encoding.special_tokens_mask) == 0), default=-1))
+    return encodings
 
 
 def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: str) -> PromptIds:
@@ -1115,12 +1086,12 @@ def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: s
     if not prompt.partition("{text}")[2].strip():
         raise ValueError(f"the prompt needs words after {{text}}, where the answer is read, and {prompt!r} ends there")
     template = prompt.rstrip(" ")
-    prompt_ids = subwords(tokenizer, [template])[0].ids
+    prompt_ids = open_ended(tokenizer, [template])[0].ids
 
     def first_token(answer: str) -> int:
         blank_first = template[-1] not in "\n\t([{<“‘«"
         for gap in (" ", "") if blank_first else ("", " "):
-            ids = subwords(tokenizer, [template + gap + answer])[0].ids
+            ids = open_ended(tokenizer, [template + gap + answer])[0].ids
             token = ids[len(prompt_ids):][:1]
             if ids[:len(prompt_ids)] == prompt_ids and tokenizer.decode(token).strip():
                 return token[0]
@@ -1144,7 +1115,7 @@ def load_language_model(name: str, label_names: Sequence[str] | None = None, see
     answer for each class. A generative model of more than 4 GiB is in bfloat16, over all devices (by accelerate).
     """
     folder = find_model(name)
-    config, tokenizer = load_model_config(folder, name), load_tokenizer(folder, name)
+    config, tokenizer = load_pretrained("AutoConfig", folder, name), load_tokenizer(folder, name)
     if continues_text(config):
         if label_names is not None or asked is None:
             raise ValueError(f"model {name!r} continues text, and is asked by a prompt as it is: set finetune to false")
@@ -1154,7 +1125,7 @@ def load_language_model(name: str, label_names: Sequence[str] | None = None, see
         causal = load_pretrained("AutoModelForCausalLM", folder, name, use_safetensors=True,
                                  dtype=torch.bfloat16 if large else torch.float32, **options).eval()
         model = Prompted(causal if options else causal.to(best_device()), prompt.answers).eval()
-        ids = torch.tensor([subwords(tokenizer, [prompt.template])[0].ids], device=model.device)
+        ids = torch.tensor([open_ended(tokenizer, [prompt.template])[0].ids], device=causal.device)
         with torch.no_grad():
             expected = causal(input_ids=ids).logits[0, -1, prompt.answers].float()
             logits = model(ids, torch.ones_like(ids)).logits[0].float()
@@ -1210,26 +1181,25 @@ def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
                                   if token.special) or "(?!)")
     texts = [special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text).strip() for text in texts]
     words = [split_words(text, config.words) for text in texts]
-    if not lm.sees_blanks:
-        texts = [" ".join(each) for each in words]
+    texts = texts if lm.sees_blanks else [" ".join(each) for each in words]
+    asked = [before + text + after for text in texts]
     ids, word = [], []
-    pieces = subwords(lm.tokenizer, [before + text + after for text in texts], ending=lm.prompt is None)
-    for text, names, piece in zip(texts, words, pieces, strict=True):
+    encodings = open_ended(lm.tokenizer, asked) if lm.prompt else lm.tokenizer(asked, verbose=False).encodings
+    for text, names, encoding in zip(texts, words, encodings, strict=True):
         begin, end, word_ends = len(before), len(before) + len(text), []
         for name in names:
             word_ends.append(text.index(name, word_ends[-1] if word_ends else 0) + len(name))
-        last = np.maximum(piece.starts, piece.ends - 1).clip(max=end - 1)                   # last character in the text
-        inside = ~piece.special & (piece.ends > begin) & (piece.starts < end) & bool(names)
-        if lm.prompt:
-            inside[-1] = False                                                              # the summary
-        index = np.where(inside, np.searchsorted(np.array(word_ends, dtype=int) + begin, last, side="right"), -1)
-        removable = np.flatnonzero(inside & (piece.ends <= end))
-        if (excess := max(0, len(index) - limit)) > len(removable):
-            raise ValueError(f"max_tokens {limit} leaves no room for text: {len(index) - len(removable)} sub-words of "
+        starts, ends = np.array(encoding.offsets).T
+        last = np.maximum(starts, ends - 1).clip(max=end - 1) - begin                       # last character in the text
+        inside = (np.array(encoding.special_tokens_mask) == 0) & (ends > begin) & (starts < end) & bool(names)
+        inside[-1] &= not lm.prompt                                                         # a prompt's summary
+        removable = np.flatnonzero(inside & (ends <= end))
+        if (excess := max(0, len(inside) - limit)) > len(removable):
+            raise ValueError(f"max_tokens {limit} leaves no room for text: {len(inside) - len(removable)} sub-words of "
                              f"model {lm.name!r} surround it")
         cut = removable[len(removable) - excess:]
-        ids.append(np.delete(np.array(piece.ids), cut))
-        word.append(np.delete(index, cut))
+        ids.append(np.delete(np.array(encoding.ids), cut))
+        word.append(np.delete(np.where(inside, np.searchsorted(word_ends, last, side="right"), -1), cut))
     return Encoded(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(word)),
                    torch.tensor([0, *map(len, ids)]).cumsum(0), words)
 
@@ -1349,7 +1319,7 @@ def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Bo
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
     def logits_of(states: Tensor, mask: Tensor) -> Tensor:
-        injected["states"] = states.to(lm.model.dtype)
+        injected["states"] = states.to(lm.model.base_model.dtype)
         ids = torch.zeros_like(mask, dtype=torch.long)
         return lm.model(input_ids=ids, attention_mask=mask.long()).logits.float()
 
@@ -1395,51 +1365,44 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
     return states
 
 
-PROBES = ["The kettle works well, again.", "It's late"]
-"""Texts that every model is tried on."""
-
-
 @torch.no_grad()
 def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
     """Try a model on two texts, alone and together, in a second; ValueError in one sentence if it cannot be explained.
 
-    Its logits must be finite and must not depend on padding, its ids must decode to the text, and states read at each
-    of these layers and put back there must give its own logits (a model whose blocks are not a plain chain fails).
+    Its ids must decode to the text, its logits must be finite and not depend on padding, and states read at each of
+    these layers and put back there must give its own logits (a model whose blocks are not a plain chain fails).
     """
-    encoded = encode(lm, PROBES, configure("smoke", max_tokens=512))
+    def require(holds: bool, failure: str) -> None:
+        if not holds:
+            raise ValueError(f"model {lm.name!r} cannot be explained here: {failure}")
 
     def run(*sentences: int) -> tuple[Tensor, Tensor, Tensor]:
         ids, mask = pad_ids(lm, encoded, torch.tensor(sentences))
         return lm.model(input_ids=ids, attention_mask=mask.long()).logits.float(), ids, mask
 
-    def require(holds: bool, failure: str) -> None:
-        if not holds:
-            raise ValueError(f"model {lm.name!r} cannot be explained here: {failure}")
-
-    def same(logits: Tensor) -> bool:
-        return logits.shape == together.shape and bool((logits - together).abs().max() <= tolerance)
-
-    template = lm.prompt.template if lm.prompt else "{text}"
-    for text, ids in zip(PROBES, encoded.ids.split(encoded.offsets.diff().tolist()), strict=True):
-        read = lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).casefold().split()
-        written = template.replace("{text}", text).casefold().split()
-        require("".join(read) == "".join(written) and (read == written or not lm.sees_blanks)
-                or lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids,
-                f"its tokenizer reads {text!r} as {' '.join(read)!r}")
+    texts = ["The kettle works well, again.", "It's late"]
+    encoded, blank = encode(lm, texts, configure("smoke", max_tokens=512)), " " if lm.sees_blanks else ""
+    for text, begin, end in zip(texts, encoded.offsets, encoded.offsets[1:], strict=False):
+        ids = encoded.ids[begin:end][encoded.word[begin:end] >= 0]
+        read = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        same = blank.join(text.casefold().split()) in blank.join(read.casefold().split())
+        same &= lm.tokenizer(text).input_ids != lm.tokenizer(text.replace(" ", "")).input_ids
+        unsaid = lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids
+        require(same or unsaid, f"its tokenizer reads {text!r} as {read!r}")
     try:
-        together, ids, mask = run(0, 1)
-        tolerance = (1e-3 if lm.model.dtype == torch.float32 else 5e-2) * max(1.0, float(together.abs().max()))
-        require(bool(together.isfinite().all()), "its logits are not finite")
-        require(same(torch.cat([run(0)[0], run(1)[0]])), "its logits for a text change with the texts beside it")
+        logits, ids, mask = run(0, 1)
+        differences = {"its logits for a text change with the texts beside it": torch.cat([run(0)[0], run(1)[0]]) - logits}
         for layer in layers:
             states = layer_states(lm, [layer], ids, mask)[layer]
             with blocks_above(lm, layer) as logits_of:
-                require(same(logits_of(states, mask)), f"states of layer {layer} put back there do not give its own logits")
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"model {lm.name!r} cannot be explained here: running its blocks apart fails "
+                differences[f"states of layer {layer} put back there do not give its logits"] = logits_of(states, mask) - logits
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"model {lm.name!r} cannot be explained here: its blocks do not run apart "
                          f"({type(error).__name__})") from error
+    require(bool(logits.isfinite().all()), "its logits are not finite")
+    tolerance = (1e-3 if lm.model.base_model.dtype == torch.float32 else 5e-2) * max(1.0, float(logits.abs().max()))
+    for failure, difference in differences.items():
+        require(float(difference.abs().max()) <= tolerance, failure)
 
 
 # ======================================================================================================
@@ -1449,17 +1412,18 @@ def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     """One row for the summary position and for each word that has sub-words, in the order of the text.
 
     Columns: sentence, position (0 summary, words from 1), word, is_summary, first and last (sub-words, counted over all
-    sentences). ``attrs["lost"]`` counts words that truncation or the tokenizer took.
+    sentences). ``attrs["lost"]`` counts the words without sub-words: cut, dropped by the tokenizer, or merged with others.
     """
     sentence = torch.repeat_interleave(encoded.offsets.diff())                              # (M,) sentence of each sub-word
-    key = torch.where(encoded.word >= 0, sentence * (int(encoded.word.max()) + 2) + encoded.word, -1)
-    starts = torch.cat([torch.tensor([True]), key[1:] != key[:-1]]) & (key >= 0)
-    ends = torch.cat([key[1:] != key[:-1], torch.tensor([True])]) & (key >= 0)
+    is_word = encoded.word >= 0
+    key = torch.where(is_word, sentence * (int(encoded.word.max()) + 2) + encoded.word, -1)
+    changes = torch.ones(len(key) + 1, dtype=torch.bool)                                    # before each sub-word, and at the end
+    changes[1:-1] = key[1:] != key[:-1]
     summary = encoded.offsets[1:] - 1 if lm.prompt else encoded.offsets[:-1]
-    first, order = torch.cat([summary, starts.nonzero()[:, 0]]).sort(stable=True)
-    last = torch.cat([summary, ends.nonzero()[:, 0]])[order]
+    first, order = torch.cat([summary, (changes[:-1] & is_word).nonzero()[:, 0]]).sort(stable=True)
+    last = torch.cat([summary, (changes[1:] & is_word).nonzero()[:, 0]])[order]
     counts = np.array([len(words) for words in encoded.words])
-    flat = np.array([*(word for words in encoded.words for word in words), ""], dtype=object)   # "": where no text has any
+    flat = np.array([*itertools.chain(*encoded.words), ""], dtype=object)                   # "": where no text has any
     position = encoded.word[first].numpy() + 1
     row = (counts.cumsum() - counts)[sentence[first]] + position - 1
     tokens = pd.DataFrame({
@@ -1471,18 +1435,19 @@ def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     return tokens
 
 
-def frequency_filter(tokens: pd.DataFrame, config: Config) -> np.ndarray:
-    """Which rows stay: all summaries, and at most `max_count` occurrences of each word that occurs at least `min_count` times."""
+def frequency_filter(tokens: pd.DataFrame, config: Config) -> Bool[np.ndarray, "N"]:
+    """Which rows stay: all summaries, and at most `max_count` occurrences of each word that occurs `min_count` times or more."""
     if config.frequency_filter == "none":
         return np.ones(len(tokens), dtype=bool)
     order = np.arange(len(tokens))
     if config.frequency_filter == "uniform":
         order = np.random.default_rng(config.data_seed).permutation(len(tokens))
-    words = tokens[~tokens["is_summary"]]["word"]
-    shuffled = words.loc[order[~tokens["is_summary"].to_numpy()[order]]]
+    is_summary = tokens["is_summary"].to_numpy()
+    words = tokens["word"][~is_summary]
+    shuffled = words.loc[order[~is_summary[order]]]
     occurrence = shuffled.groupby(shuffled).cumcount().reindex(words.index)
     stays = (occurrence < config.max_count) & (words.groupby(words).transform("size") >= config.min_count)
-    return tokens["is_summary"].to_numpy() | stays.reindex(tokens.index, fill_value=False).to_numpy()
+    return is_summary | stays.reindex(tokens.index, fill_value=False).to_numpy()
 
 
 BATCHES_PER_READ = 16
@@ -1491,23 +1456,25 @@ BATCHES_PER_READ = 16
 
 @dataclass
 class Activations:
-    """States of some layers for the words and summaries of a corpus, ragged: sentence s is rows [offsets[s], offsets[s + 1])."""
+    """States of some layers for the words and summaries of a corpus, ragged: sentence s is ``[offsets[s], offsets[s + 1])``."""
 
     states: dict[int, Float[Tensor, "N D"]]
-    """Layer to states, half precision, memory-mapped."""
+    """States by layer, half precision, memory-mapped, on the CPU."""
     offsets: Int[Tensor, "S+1"]
     """Where sentences begin."""
     tokens: pd.DataFrame
-    """A row a state: sentence, position, word, is_summary."""
+    """A row for each state: sentence, position, word, is_summary."""
     source: dict[str, Any]
-    """What they are states of: model, layers, aggregation, filter, text, and words seen, lost and kept."""
+    """What they are states of: model, layers, aggregation, filter, text, and the words seen, lost and kept."""
 
     @property
     def lengths(self) -> Int[Tensor, "S"]:
+        """The number of states of each sentence."""
         return self.offsets.diff()
 
     @property
     def summary_rows(self) -> Int[Tensor, "S"]:
+        """The row of each sentence's summary."""
         return torch.from_numpy(np.flatnonzero(self.tokens["is_summary"]))
 
     def rows(self, sentences: Int[Tensor, "B"]) -> Int[Tensor, "n"]:
@@ -1517,11 +1484,12 @@ class Activations:
 
     def stream(self, batches: Sequence[Int[Tensor, "B"]], layers: Sequence[int],
                device: torch.device) -> Iterator[tuple[list[Float[Tensor, "N D"]], Int[Tensor, "B"]]]:
-        """For each batch of sentences: their states of each layer in float32, one sentence after the other without padding, and their
-        lengths. `BATCHES_PER_READ` batches are read at once, in the order of the disk, while those before are computed on."""
+        """For each batch of sentences, its states of each layer in float32, without padding, and the sentences' lengths.
 
+        `BATCHES_PER_READ` batches are read at once, in the order of the disk, while those before are computed on.
+        """
         def read(rows: Int[np.ndarray, "n"]) -> list[Tensor]:
-            # by NumPy: PyTorch would start threads for this one too, and where OpenMP has more than cores it lets none wait awake
+            # by NumPy: PyTorch would start threads for this one too, and OpenMP, with more threads than cores, lets none wait awake
             states = [torch.from_numpy(self.states[layer].numpy()[rows]) for layer in layers]
             return [part.pin_memory() if device.type == "cuda" else part for part in states]
 
@@ -1531,34 +1499,43 @@ class Activations:
                 sentences = torch.cat(list(pool)).sort().values
                 return sentences, reader.submit(read, self.rows(sentences).numpy())
 
-            coming = [begin(pool) for pool in pools[:1]]
+            pending = [begin(pool) for pool in pools[:1]]
             for i, pool in enumerate(pools):
-                sentences, reading = coming.pop()
+                sentences, reading = pending.pop()
                 states = [part.to(device, non_blocking=True) for part in reading.result()]
-                coming += [begin(pool) for pool in pools[i + 1:i + 2]]
+                pending += [begin(pool) for pool in pools[i + 1:i + 2]]
                 offsets = F.pad(self.lengths[sentences].cumsum(0), (1, 0))
                 for batch in pool:
                     rows, mask = pad_rows(offsets, torch.searchsorted(sentences, batch))
-                    own = rows[mask].to(device, non_blocking=True)
-                    yield [part[own].float() for part in states], self.lengths[batch]
+                    batch_rows = rows[mask].to(device, non_blocking=True)
+                    yield [part[batch_rows].float() for part in states], self.lengths[batch]
 
     @classmethod
     def load(cls, folder: Path) -> Activations:
-        """From the folder that `extract` made; states stay on disk until they are read."""
+        """From the folder that `extract` wrote; states stay on disk until they are read."""
         source = json.loads((folder / "source.json").read_text("utf8"))
         tokens = pd.read_parquet(folder / "tokens.parquet")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")      # nobody writes
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")      # nothing writes to it
             states = {layer: torch.from_numpy(np.load(folder / f"layer_{layer}.npy", mmap_mode="r", allow_pickle=False))
                       for layer in source["layers"]}
         counts = np.bincount(tokens["sentence"], minlength=source["sentences"])
         return cls(states, torch.from_numpy(np.concatenate([[0], counts.cumsum()])), tokens, source)
 
 
+def aggregate(states: Float[Tensor, "B T D"], lines: Int[Tensor, "n"], first: Int[Tensor, "n"], last: Int[Tensor, "n"],
+              how: str) -> Float[Tensor, "n D"]:
+    """One state a word from those of its sub-words ``[first, last]`` in its line of the batch: the last, first or mean."""
+    if how != "mean":
+        return states[lines, last if how == "last" else first]
+    total = F.pad(states.double().cumsum(1), (0, 0, 1, 0))                                  # (B, T + 1, D) running sums
+    return (total[lines, last + 1] - total[lines, first]) / (last + 1 - first)[:, None]
+
+
 @torch.no_grad()
 def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], config: Config, folder: Path,
             filtered: bool = True) -> Activations:
-    """States of the summary and of every word, of any layers in one pass, written to ``folder`` in half precision.
+    """States of the summary and of every word, for any layers in one pass, written to ``folder`` in half precision.
 
     Batches are of like length; only blocks up to the highest layer run; only rows that pass the frequency filter
     (``filtered``) are kept. A word is its last, first or mean sub-word. ValueError for states that are not finite.
@@ -1566,37 +1543,30 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
     lost, seen = tokens.attrs["lost"], len(tokens)
-    tokens = tokens[frequency_filter(tokens, config)] if filtered else tokens
-    tokens = tokens.reset_index(drop=True)
-    layers = sorted(set(layers))
-    width = lm.model.config.hidden_size
+    tokens = (tokens[frequency_filter(tokens, config)] if filtered else tokens).reset_index(drop=True)
+    layers, width = sorted(set(layers)), lm.model.config.hidden_size
     operations = 2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids)
-    announce(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}", operations, 4 * lm.block_weights,
-             len(tokens) * len(layers) * width * 2)
-    files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", np.float16, (len(tokens), width)) for layer in layers}
+    announce(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}", operations,
+             4 * lm.block_weights, len(tokens) * len(layers) * width * 2)
+    files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", np.float16, (len(tokens), width))
+             for layer in layers}
     first, last = torch.from_numpy(tokens[["first", "last"]].to_numpy().copy()).unbind(1)
     offsets = torch.from_numpy(np.searchsorted(tokens["sentence"], np.arange(len(texts) + 1)))
-    lengths = encoded.offsets.diff()
     with tqdm(total=len(texts), desc="extracting", unit="sentence", mininterval=1) as bar:
-        for batch in length_batches(lengths, config.batch_tokens):
+        for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
             ids, mask = pad_ids(lm, encoded, batch)
             with autocast(lm.device, config.inference_precision):
                 hidden = layer_states(lm, layers, ids, mask)
-            rows, kept = pad_rows(offsets, batch)
-            line = torch.arange(len(batch))[:, None].expand_as(rows)[kept]                  # (n,) line of the batch for each kept row
-            rows = rows[kept]
-            shift = encoded.offsets[batch][line]
-            begin, end = (first[rows] - shift).to(lm.device), (last[rows] - shift).to(lm.device)
-            line = line.to(lm.device)
+            rows, real = pad_rows(offsets, batch)
+            lines = torch.arange(len(batch))[:, None].expand_as(rows)[real]                 # (n,) line of the batch for each row
+            rows = rows[real]
+            shift = encoded.offsets[batch][lines]
+            spans = [part.to(lm.device) for part in (lines, first[rows] - shift, last[rows] - shift)]
             for layer, file in files.items():
-                if config.aggregation == "mean":
-                    total = F.pad(hidden[layer].double().cumsum(1), (0, 0, 1, 0))           # (B, T + 1, D) running sums
-                    states = (total[line, end + 1] - total[line, begin]) / (end + 1 - begin)[:, None]
-                else:
-                    states = hidden[layer][line, end if config.aggregation == "last" else begin]
-                if not (half := states.to(torch.float16)).isfinite().all():
+                half = aggregate(hidden[layer], *spans, config.aggregation).to(torch.float16).cpu()
+                if not half.isfinite().all():
                     raise ValueError(f"layer {layer} of model {lm.name!r} gives states that are not finite in half precision")
-                file[rows.numpy()] = half.cpu().numpy()
+                file[rows.numpy()] = half.numpy()
             bar.update(len(batch))
     for file in files.values():
         file.flush()
@@ -1611,20 +1581,39 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
 # ======================================================================================================
 # 7 Salience
 # ======================================================================================================
-def attribute(lm: LanguageModel, texts: Sequence[str], layer: int, config: Config) -> tuple[pd.DataFrame, Float[Tensor, "S C"]]:
-    r"""How much each word's state at a layer moves the model to the class it predicts: integrated gradients, and the logits.
+def integrated_gradients(logits_of: Callable[[Tensor, Tensor], Tensor], state: Float[Tensor, "B T D"],
+                         baseline: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"],
+                         config: Config) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B C"]]:
+    r"""How much each position moves the logit of the predicted class from the baseline, and the logits.
 
-    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt` by a Gauss-Legendre rule, ``f`` the predicted class's
-    logit (Sundararajan et al. 2017); summed over the width, L2-normalised over the sentence, the largest over a word's
-    sub-words, as in the authors' code. The baseline ``b`` is the state of the same layer for another input
-    (`salience_baseline`). Only the blocks above the layer run. The table is `align_words`' with a column salience;
-    the final separator is no row of it. The summary of a model that is asked by a prompt belongs to the prompt, and has none.
+    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt`, summed over the width, by a Gauss-Legendre rule
+    of `salience_steps` points, as many in one pass as `batch_tokens` holds.
+    """
+    rule = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(config.salience_steps))).float().to(state.device)
+    points, weights = rule[0] / 2 + 0.5, rule[1] / 2                                        # from [-1, 1] to [0, 1]
+    with torch.no_grad():
+        logits = logits_of(state, mask)
+    target, gradient = logits.argmax(-1), torch.zeros_like(state)
+    together = max(1, config.batch_tokens // mask.numel())
+    for t, weight in zip(points.split(together), weights.split(together), strict=True):
+        path = (baseline + t[:, None, None, None] * (state - baseline)).flatten(0, 1).requires_grad_()  # (t B, T, D)
+        score = logits_of(path, mask.repeat(len(t), 1)).gather(1, target.repeat(len(t))[:, None]).sum()
+        slope = torch.autograd.grad(score, path)[0].view(len(t), *state.shape)
+        gradient += torch.einsum("s,sbtd->btd", weight, slope)
+    return ((state - baseline) * gradient).sum(-1) * mask, logits
+
+
+def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
+              config: Config) -> tuple[pd.DataFrame, Float[Tensor, "S C"]]:
+    """How much each word's state at a layer moves the model to the class it predicts, and the logits.
+
+    `integrated_gradients` (Sundararajan et al. 2017), L2-normalised over the sentence, the largest over a word's
+    sub-words, as in the authors' code. The baseline is the state of the same layer for another input
+    (`salience_baseline`). Only the blocks above the layer run. The table is that of `align_words` with a column salience;
+    the final separator has no row. The summary of a prompt is part of the prompt, and its salience is missing.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
-    points, weights = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(config.salience_steps))).float().to(lm.device) / 2
-    points = points + 0.5                                                                   # from [-1, 1] to [0, 1]
-    lengths = encoded.offsets.diff()
     salience = torch.zeros(len(encoded.ids))
     logits = torch.empty(len(texts), lm.model.config.num_labels)
 
@@ -1632,41 +1621,34 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int, config: Confi
     def states_below(ids: Tensor, mask: Tensor) -> Tensor:
         return layer_states(lm, [layer], ids, mask)[layer].float()
 
-    batches = length_batches(lengths, max(1, config.batch_tokens // 4))
-    passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers   # of the whole model, there and back
-    announce(f"salience of {len(texts):,} texts at {config.salience_steps} points", 2 * passes * lm.block_weights * len(encoded.ids),
-             4 * lm.block_weights)
+    batches = length_batches(encoded.offsets.diff(), max(1, config.batch_tokens // 4))
+    passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers  # of the whole model, there and back
+    announce(f"salience of {len(texts):,} texts at {config.salience_steps} points",
+             2 * passes * lm.block_weights * len(encoded.ids), 4 * lm.block_weights)
     mean = None
     if config.salience_baseline == "mean":
         padded = [pad_ids(lm, encoded, batch) for batch in batches]
         mean = torch.stack([states_below(ids, mask)[mask].sum(0) for ids, mask in padded]).sum(0) / len(encoded.ids)
+    empty = lm.tokenizer.pad_token_id if config.salience_baseline == "pad" else 0
     with tqdm(total=len(texts), desc="integrated gradients", unit="sentence", mininterval=1) as bar:
         for batch in batches:
             ids, mask = pad_ids(lm, encoded, batch)
+            rows, real = pad_rows(encoded.offsets, batch)
             with autocast(lm.device, config.inference_precision):
                 state = states_below(ids, mask)                                             # (B, T, D)
-                rows, real = pad_rows(encoded.offsets, batch)
-                empty = lm.tokenizer.pad_token_id if config.salience_baseline == "pad" else 0
-                other = ids.masked_fill(~real | (encoded.word[rows] >= 0), empty) if lm.prompt else torch.full_like(ids, empty)
-                base = mean.expand_as(state) if mean is not None else states_below(other, mask)
-                with blocks_above(lm, layer) as answer:
-                    with torch.no_grad():
-                        out = answer(state, mask)
-                    target, gradient = out.argmax(-1), torch.zeros_like(state)
-                    together = max(1, config.batch_tokens // ids.numel())                   # points in one pass
-                    for t, w in zip(points.split(together), weights.split(together), strict=True):
-                        path = (base + t[:, None, None, None] * (state - base)).flatten(0, 1).requires_grad_()      # (t B, T, D)
-                        score = answer(path, mask.repeat(len(t), 1))
-                        chosen = score.gather(1, target.repeat(len(t))[:, None]).sum()
-                        slope = torch.autograd.grad(chosen, path)[0].view(len(t), *state.shape)
-                        gradient += torch.einsum("s,sbtd->btd", w, slope)
-            share = ((state - base) * gradient).sum(-1) * mask                              # (B, T)
-            salience[rows[real]] = F.normalize(share, dim=1).cpu()[real]
-            logits[batch] = out.cpu()
+                if mean is None:                                                            # a prompt's own words stay
+                    emptied = (encoded.word[rows] >= 0) | ~real if lm.prompt else torch.ones_like(real)
+                    baseline = states_below(ids.masked_fill(emptied.to(lm.device), empty), mask)
+                else:
+                    baseline = mean.expand_as(state)
+                with blocks_above(lm, layer) as logits_of:
+                    moved, scores = integrated_gradients(logits_of, state, baseline, mask, config)
+            salience[rows[real]] = F.normalize(moved, dim=1).cpu()[real]
+            logits[batch] = scores.cpu()
             bar.update(len(batch))
     spans = np.stack([tokens["first"], tokens["last"] + 1], 1).ravel()                      # [first, last + 1, first, ...]
     tokens["salience"] = np.maximum.reduceat(np.append(salience.numpy(), -np.inf), spans)[::2]
-    if lm.prompt:                                                                           # its last token is none of the text's
+    if lm.prompt:
         tokens.loc[tokens["is_summary"], "salience"] = math.nan
     return tokens, logits
 
@@ -3864,7 +3846,7 @@ class Pipeline:
     @cached_property
     def model_config(self) -> Any:
         """The language model's own configuration, read without its weights."""
-        return load_model_config(find_model(self.config.model), self.config.model)
+        return load_pretrained("AutoConfig", find_model(self.config.model), self.config.model)
 
     @property
     def layers(self) -> tuple[int, int]:
