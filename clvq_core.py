@@ -74,7 +74,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Config", "configure", "load_corpus", "split_words", "LanguageModel", "load_language_model", "check_model", "finetune", "encode", "predict",
     "Activations", "extract", "align_words", "attribute", "kmeans", "start_codebook", "CLVQVAE", "train", "evaluate",
-    "variance_explained", "perplexity", "Concepts", "clusters", "SparseAutoencoder", "train_sae", "unlearned", "concept_table",
+    "variance_explained", "perplexity", "Concepts", "clusters", "SparseAutoencoder", "train_sae", "reference_concepts", "concept_table",
     "word_cloud", "plot_style", "show_table", "glue", "ablate", "remove", "Trial", "faithfulness", "retrained", "removal_curve",
     "shift_test", "in_model", "summarise", "smallest_difference", "rationale_overlap", "planted_task", "causal_rank", "Pipeline",
     "concept_effects", "agreement", "top_words", "of_class", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep",
@@ -515,25 +515,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def best_device() -> torch.device:
     """The first CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def ranks() -> tuple[int, int]:
-    """Which of how many processes that train together this is; (0, 1) where it trains alone. They are started by ``accelerate launch``,
-    which sets how they meet; clusters set WORLD_SIZE for a process that is alone, too."""
-    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
-    if started and not torch.distributed.is_initialized():
-        from accelerate import PartialState
-
-        PartialState()                                                                      # chooses device and backend
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
-
-
-def sum_over_ranks(*tensors: Tensor) -> None:
-    """Each becomes its sum over the processes that train together."""
-    if ranks()[1] > 1:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
 
 
 @cache
@@ -1681,11 +1662,17 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
 # ======================================================================================================
 # 8 Codebook start
 # ======================================================================================================
-def nearest(x: Float[Tensor, "N D"], centres: Float[Tensor, "K D"], rows: int = 16384) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
-    """Index of the nearest centre by Euclidean distance, and the squared distance. In blocks of at most ``rows``: never N x K for all N."""
+MAX_POINTS_PER_CODE, MAX_NUMBERS = 256, 2**29
+"""k-means learns centres from at most so many states per code, as in faiss (more would move them little), and from at
+most so many numbers in all (2 GiB)."""
+
+
+def nearest(x: Float[Tensor, "N D"], centres: Float[Tensor, "K D"],
+            rows: int = 16384) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
+    """Index of the nearest centre by Euclidean distance, and the squared distance; at most ``rows`` rows at a time."""
     labels, distances = [], []
     squares = centres.square().sum(1)
-    for block in x.split(min(rows, max(256, 2**26 // len(centres)))):
+    for block in x.split(min(rows, max(256, 2**26 // len(centres)))):                       # never all N x K at once
         gap, label = torch.addmm(squares, block, centres.T, alpha=-2).min(1)                # |c|^2 - 2 x.c
         labels.append(label)
         distances.append((gap + block.square().sum(1)).clamp_min_(0))
@@ -1693,30 +1680,31 @@ def nearest(x: Float[Tensor, "N D"], centres: Float[Tensor, "K D"], rows: int = 
 
 
 def seed_centres(x: Float[Tensor, "N D"], k: int, generator: torch.Generator) -> Float[Tensor, "K D"]:
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007): each centre is the best of 2 + log k candidates drawn by squared distance."""
+    """First centres by greedy k-means++ (Arthur & Vassilvitskii 2007): each is the best of 2 + log k candidates, which
+    are drawn in proportion to their squared distance from the centres so far."""
     trials = 2 + int(math.log(k))
     squares = x.square().sum(1)
-    chosen = torch.randint(len(x), (1,), generator=generator).to(x.device)
-    closest = nearest(x, x[chosen])[1]                                                      # (N,) squared distance to the nearest so far
-    centres = [chosen]
+    first = torch.randint(len(x), (1,), generator=generator).to(x.device)
+    closest = nearest(x, x[first])[1]                                       # (N,) squared distance to the nearest centre
+    chosen = [first]
     for _ in range(k - 1):
         cumulative = closest.double().cumsum(0)
-        draw = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
-        candidates = torch.searchsorted(cumulative, draw).clamp_max_(len(x) - 1)
-        gap = torch.addmm(squares[candidates], x, x[candidates].T, alpha=-2).add_(squares[:, None]).clamp_min_(0)
-        gap = torch.minimum(gap, closest[:, None])                                          # (N, trials)
-        best = gap.sum(0).argmin()
-        closest = gap[:, best]
-        centres.append(candidates[best][None])
-    return x[torch.cat(centres)]
+        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
+        candidates = torch.searchsorted(cumulative, draws).clamp_max_(len(x) - 1)
+        gaps = torch.addmm(squares[candidates], x, x[candidates].T, alpha=-2).add_(squares[:, None]).clamp_min_(0)
+        gaps = torch.minimum(gaps, closest[:, None])                                        # (N, trials)
+        best = gaps.sum(0).argmin()
+        closest = gaps[:, best]
+        chosen.append(candidates[best][None])
+    return x[torch.cat(chosen)]
 
 
 def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Generator,
            spherical: bool = False) -> tuple[Float[Tensor, "K D"], Int[Tensor, "N"]]:
-    """Centres and the cluster of each row: k-means++, then Lloyd until nothing moves. A cluster that runs empty keeps its centre.
+    """Centres and the cluster of each row: k-means++, then Lloyd's iterations until no row changes its cluster.
 
-    ``spherical``: rows are brought to unit length, and centres after each step, so that the nearest centre is the one of
-    highest cosine (Dhillon & Modha 2001).
+    An empty cluster keeps its centre. ``spherical``: rows, and centres after each iteration, are scaled to unit length,
+    so that the nearest centre is the one of highest cosine (Dhillon & Modha 2001).
     """
     if spherical:
         x = F.normalize(x, dim=1)
@@ -1734,31 +1722,31 @@ def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Ge
     return centres, labels
 
 
-POINTS, NUMBERS = 256, 2**29
-"""States a code from which k-means learns where codes begin, as is usual in faiss: more would move them little; and numbers in all of
-them at most, 2 GiB."""
-
-
 def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, generator: torch.Generator,
                    rows: Int[Tensor, "n"] | None = None) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
-    """First codes and how many of the rows (none: all) each has. Equation 2: a spherical centre times the mean length of its rows, of all
-    rows if it has none. Centres are learnt from at most `POINTS` rows a code. ValueError if there are fewer rows than codes."""
-    k, device, rows = settings.n_codes, best_device(), torch.arange(len(states)) if rows is None else rows
+    """Initial codes, and how many of the rows (default: all) are nearest to each.
+
+    Equation 2: a spherical centre times the mean length of its rows, or of all rows if it has none. Centres are learned
+    from at most `MAX_POINTS_PER_CODE` rows per code. ValueError if there are fewer rows than codes.
+    """
+    k, device, spherical = settings.n_codes, best_device(), settings.start == "spherical"
+    rows = torch.arange(len(states)) if rows is None else rows
     if len(rows) < k:
-        raise ValueError(f"n_codes={k} is more than the {len(rows)} training states; lower n_codes or take more text")
+        raise ValueError(f"n_codes={k} is more than the {len(rows)} training states; lower n_codes or use more text")
     if settings.start == "random":
         codes = states[rows[torch.randperm(len(rows), generator=generator)[:k]]].float().to(device)
     else:
-        most = max(k, min(POINTS * k, NUMBERS // states.shape[1]))
-        chosen = rows if len(rows) <= most else rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
-        codes = kmeans(states[chosen].to(device).float(), k, settings.start_iterations, generator, settings.start == "spherical")[0]
+        most = max(k, min(MAX_POINTS_PER_CODE * k, MAX_NUMBERS // states.shape[1]))
+        sample = torch.randperm(len(rows), generator=generator)[:most].sort().values if len(rows) > most else slice(None)
+        points = states[rows[sample]].to(device).float()
+        codes, _ = kmeans(points, k, settings.start_iterations, generator, spherical)
     counts, lengths = torch.zeros(2, k, device=device)
     for block in blocks(states, rows):
         block = block.to(device)
-        labels = nearest(F.normalize(block, dim=1) if settings.start == "spherical" else block, codes)[0]
+        labels, _ = nearest(F.normalize(block, dim=1) if spherical else block, codes)
         counts += labels.bincount(minlength=k)
         lengths.index_add_(0, labels, block.norm(dim=1))
-    if settings.start == "spherical":
+    if spherical:
         codes = codes * torch.where(counts > 0, lengths / counts.clamp_min(1), lengths.sum() / len(rows))[:, None]
     return codes.cpu(), counts.cpu()
 
@@ -1780,7 +1768,7 @@ class AdaptiveResidualEncoder(nn.Module):
 
     @property
     def alpha(self) -> Float[Tensor, ""]:
-        """a, how far an input is changed."""
+        """a, the weight of the transformed input."""
         return self.ceiling * self.theta.sigmoid() if self.fixed is None else self.theta.new_tensor(self.fixed)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -1795,13 +1783,13 @@ class Quantized(NamedTuple):
     codes: Int[Tensor, "N"]
     """Its index."""
     commitment: Float[Tensor, ""]
-    """Mean squared difference between states and their codes, over states and dimensions; moves the states only."""
+    """Mean squared difference between states and their codes, over states and dimensions; it moves states only."""
 
 
 class Quantizer(nn.Module):
-    """K codes; a state becomes one of its `top_k` nearest in training, its nearest in evaluation. Always float32.
+    """K codes. A state becomes one of its `top_k` nearest in training, its nearest in evaluation; always in float32.
 
-    Codes move by `update` alone (appendix A.1): raw counts and sums are kept, smoothing is done on the fly.
+    Codes move by `update` alone (appendix A.1), which keeps raw counts and sums and smooths them on the fly.
     """
 
     codebook: Float[Tensor, "K D"]
@@ -1810,20 +1798,20 @@ class Quantizer(nn.Module):
 
     def __init__(self, width: int, settings: ModelSettings) -> None:
         super().__init__()
-        self.settings = settings
-        self.register_buffer("codebook", torch.empty(settings.n_codes, width).uniform_(-1 / settings.n_codes, 1 / settings.n_codes))
-        self.register_buffer("counts", torch.ones(settings.n_codes))
-        self.register_buffer("sums", torch.zeros(settings.n_codes, width))
+        self.settings, k = settings, settings.n_codes
+        self.register_buffer("codebook", torch.empty(k, width).uniform_(-1 / k, 1 / k))
+        self.register_buffer("counts", torch.ones(k))
+        self.register_buffer("sums", torch.zeros(k, width))
 
     def start(self, codes: Float[Tensor, "K D"], counts: Float[Tensor, "K"]) -> None:
-        """Begin from these codes, whose averages are as if ``counts`` states had been seen, so that the first update keeps them."""
-        if self.settings.start_in == "codes":
-            self.codebook.copy_(codes)
+        """Set the moving averages as if ``counts`` states had been averaged to each code, so that the first update keeps
+        them; and the codes, of which `start_in` "averages" sets only those without states, as no average moves them."""
+        self.codebook.copy_(torch.where((counts[:, None] > 0) & (self.settings.start_in == "averages"), self.codebook, codes))
         self.counts.copy_(counts)
         self.sums.copy_(codes * self.smoothed()[:, None])
 
     def smoothed(self) -> Float[Tensor, "K"]:
-        """Counts with Laplace smoothing; their sum stays."""
+        """Counts with Laplace smoothing, which leaves their sum as it is."""
         total, epsilon = self.counts.sum(), self.settings.ema_epsilon
         return (self.counts + epsilon) / (total + len(self.counts) * epsilon) * total
 
@@ -1835,19 +1823,20 @@ class Quantizer(nn.Module):
         return squared if self.settings.distance == "squared" else squared.clamp_min(0).sqrt()
 
     def nearest(self, z: Float[Tensor, "N D"]) -> Int[Tensor, "N"]:
-        """The nearest code."""
-        if self.settings.distance == "cosine":                                              # nearest on the sphere: highest cosine
+        """Index of the nearest code."""
+        if self.settings.distance == "cosine":                              # on the sphere the nearest has the highest cosine
             return nearest(F.normalize(z, dim=1), F.normalize(self.codebook, dim=1))[0]
         return nearest(z, self.codebook)[0]
 
     def sample(self, z: Float[Tensor, "N D"], generator: torch.Generator | None = None) -> Int[Tensor, "N"]:
-        """Equation 4: a code among the k nearest, with probability proportional to exp(-distance / tau)."""
+        """Equation 4: one of the k nearest codes, drawn in proportion to exp(-distance / tau)."""
         near, codes = self.distances(z).topk(self.settings.top_k, dim=1, largest=False)     # (N, k)
         if self.settings.top_k == 1:
             return codes[:, 0]
         chances = torch.softmax(-near / self.settings.temperature, dim=1)
-        luck = torch.empty_like(chances).exponential_(generator=generator)                  # as torch.multinomial, which waits for a GPU
-        return codes.gather(1, (chances / luck).argmax(1, keepdim=True))[:, 0]
+        noise = torch.empty_like(chances, device=generator.device if generator else None).exponential_(generator=generator)
+        choice = (chances / noise.to(z.device)).argmax(1, keepdim=True)     # as torch.multinomial, which waits for the GPU
+        return codes.gather(1, choice)[:, 0]
 
     def forward(self, z: Float[Tensor, "N D"], generator: torch.Generator | None = None) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
@@ -1859,90 +1848,94 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "N D"], codes: Int[Tensor, "N"]) -> None:
-        """One step of the moving averages towards the states assigned to each code; after the loss, whose codes it changes."""
-        z = z.float()
-        decay = self.settings.ema_decay
-        batch = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(z[:, 0]))       # bincount would wait for the device
+        """Move the averages one step towards the states assigned to each code; after the loss, whose codes it moves.
+
+        A code that no state takes keeps its place once its count is so low that smoothing would move it by a thousandth
+        of the way to the origin, and more with every step.
+        """
+        z, step = z.float(), 1 - self.settings.ema_decay
+        counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(z[:, 0]))   # bincount waits for the GPU
         sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
-        sum_over_ranks(batch, sums)
-        self.counts.lerp_(batch, 1 - decay)
-        self.sums.lerp_(sums, 1 - decay)
+        self.counts.lerp_(counts, step)
+        self.sums.lerp_(sums, step)
+        moves = (counts > 0) | (self.counts > 1000 * self.settings.ema_epsilon)
         if least := self.settings.replace_dead:
             dead = self.counts < least
             fresh = z[torch.randint(len(z), (len(dead),), device=z.device)]
-            if ranks()[1] > 1:
-                torch.distributed.broadcast(fresh, 0)
             self.sums.copy_(torch.where(dead[:, None], fresh * least, self.sums))
             self.counts.clamp_min_(least)
-        self.codebook.copy_(self.sums / self.smoothed()[:, None])
+            moves |= dead
+        self.codebook.copy_(torch.where(moves[:, None], self.sums / self.smoothed()[:, None], self.codebook))
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Each number 0 with probability p, to 1 / 65,536, the others divided by 1 - p. On a CPU four are drawn from each random number,
-    where PyTorch's own draws one by one, which is an eighth of a training step."""
+    """Set each number to 0 with probability p, to within 1 / 65,536, and divide the others by 1 - p.
+
+    On a CPU four numbers share one random draw. PyTorch's one draw a number takes an eighth of a training step.
+    """
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    drawn = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view_as(x)
-    return x * (drawn >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+    return x * (draws[:x.numel()].view_as(x) >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
 
 
-def rounded(n: int, to: int) -> int:
-    """n, or the next multiple of ``to``."""
-    return -(-n // to) * to
+def round_up(n: int, multiple: int) -> int:
+    """The lowest multiple that is at least n. Few sizes save memory, which a CPU's products keep for each they meet."""
+    return -(-n // multiple) * multiple
 
 
 class Layout(NamedTuple):
-    """Where sentences that stand one after the other (N rows) lie once as many as fit share a line of T places (L, T)."""
+    """Where N packed rows, one sentence after the other, go in L lines of T places that sentences share."""
 
     shape: tuple[int, int]
     """L and T."""
     places: Int[Tensor, "N"]
     """Each row's place among the L T."""
-    own: Bool[Tensor, "L 1 T T"]
-    """Where a place's own sentence is; what is empty sees what is empty."""
-    seen: Bool[Tensor, "L 1 T T"]
-    """The same, less what `ModelSettings.mask` hides of it."""
+    same_sentence: Bool[Tensor, "L 1 T T"]
+    """Whether two places of a line belong to one sentence; to empty places, all empty ones do."""
+    visible: Bool[Tensor, "L 1 T T"]
+    """The same, less what `ModelSettings.mask` hides."""
 
     @classmethod
-    def of(cls, lengths: Int[Tensor, "B"], mask: str, device: torch.device) -> Layout:
-        """For sentences of these lengths; the longest first, each in the first line with room (first fit decreasing)."""
-        sizes, size = lengths.tolist(), rounded(int(lengths.max()), 32)
-        free: list[int] = []                                    # of each line
-        begins = [0] * len(sizes)
+    def first_fit(cls, lengths: Int[Tensor, "B"], mask: str, device: torch.device) -> Layout:
+        """For sentences of these lengths: the longest first, each in the first line with room for it."""
+        sizes, line_size = lengths.tolist(), round_up(int(lengths.max()), 32)
+        room: list[int] = []                                                # free places of each line
+        starts = [0] * len(sizes)                                           # each sentence's first place among the L T
         for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-            line = next((line for line, room in enumerate(free) if room >= sizes[i]), len(free))
-            if line == len(free):
-                free.append(size)
-            begins[i] = (line + 1) * size - free[line]
-            free[line] -= sizes[i]
-        offsets = F.pad(lengths.cumsum(0), (1, 0))
-        sentence = torch.arange(len(sizes)).repeat_interleave(lengths)
-        places = torch.arange(len(sentence)) + (torch.tensor(begins) - offsets[:-1])[sentence]
-        lines = torch.full((rounded(len(free), 4) * size,), -1).index_copy(0, places, sentence).view(-1, 1, size)
-        own = lines[..., None] == lines[..., None, :]
-        seen = {"causal": own.tril(), "anticausal": own.triu(), "none": own}[mask]
-        return cls((len(lines), size), places.to(device), own.to(device), seen.to(device))
+            line = next((line for line, free in enumerate(room) if free >= sizes[i]), len(room))
+            if line == len(room):
+                room.append(line_size)
+            starts[i] = (line + 1) * line_size - room[line]
+            room[line] -= sizes[i]
+        sentences = torch.arange(len(sizes)).repeat_interleave(lengths)     # (N,)
+        places = torch.arange(len(sentences)) + (torch.tensor(starts) - lengths.cumsum(0) + lengths)[sentences]
+        lines = torch.full((round_up(len(room), 4) * line_size,), -1).index_copy(0, places, sentences)
+        lines = lines.view(-1, 1, line_size)                                # (L, 1, T)
+        same = lines[..., None] == lines[..., None, :]                      # (L, 1, T, T)
+        visible = {"causal": same.tril(), "anticausal": same.triu(), "none": same}[mask]
+        return cls((len(lines), line_size), places.to(device), same.to(device), visible.to(device))
 
     def pad(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "L T D"]:
-        """0 where nothing is."""
+        """Rows at their places, 0 elsewhere."""
         return x.new_zeros(math.prod(self.shape), x.shape[1]).index_copy(0, self.places, x).view(*self.shape, -1)
 
     def pack(self, x: Float[Tensor, "L T D"]) -> Float[Tensor, "N D"]:
-        """One after the other again."""
+        """The reverse of `pad`."""
         return x.flatten(0, 1).index_select(0, self.places)
 
 
 class Decoder(nn.Module):
-    """Section 2.3: a transformer decoder over the codes, with cross-attention to a memory, then a linear map to the target's width.
+    """Section 2.3: a transformer decoder over the codes, with cross-attention to a memory, and a linear map to the target.
 
-    The layers are PyTorch's and so is their arithmetic, but sentences stand one after the other without padding; for attention, which
-    goes from position to position, as many as fit share a line (`Layout`) and see nothing of each other.
+    Layers and arithmetic are PyTorch's, but nothing is computed for padding: sentences are packed one after the other,
+    and share lines (`Layout`) in attention only, where they do not see each other.
     """
 
     def __init__(self, width: int, target_width: int, settings: ModelSettings) -> None:
         super().__init__()
         if width % settings.decoder_heads:
-            raise ValueError(f"decoder_heads must divide the width {width}, and {settings.decoder_heads} does not")
+            raise ValueError(f"decoder_heads={settings.decoder_heads} must divide the width of the states, {width}")
         self.layers = nn.ModuleList(nn.TransformerDecoderLayer(width, settings.decoder_heads, settings.feedforward)
                                     for _ in range(settings.decoder_layers))
         for parameter in self.layers.parameters():
@@ -1952,43 +1945,49 @@ class Decoder(nn.Module):
         self.out = nn.Linear(width, target_width)
         self.settings = settings
 
-    def drop(self, x: Tensor) -> Tensor:
+    def dropout(self, x: Tensor) -> Tensor:
         return dropout(x, self.settings.dropout) if self.training and self.settings.dropout else x
 
     def attend(self, attention: Any, x: Float[Tensor, "N D"], memory: Float[Tensor, "N D"], layout: Layout,
-               seen: Bool[Tensor, "L 1 T T"]) -> Float[Tensor, "N D"]:
+               mask: Bool[Tensor, "L 1 T T"]) -> Float[Tensor, "N D"]:
         """Multi-head attention from x to the memory, with the weights of an `nn.MultiheadAttention`."""
         width, heads = x.shape[1], self.settings.decoder_heads
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
         if memory is x:
-            projected = [F.linear(x, attention.in_proj_weight, attention.in_proj_bias)]
+            projected = [F.linear(x, weight, bias)]
         else:
-            parts = zip(*(part.split([width, 2 * width]) for part in (attention.in_proj_weight, attention.in_proj_bias)), strict=True)
-            projected = [F.linear(rows, *part) for rows, part in zip((x, memory), parts, strict=True)]
-        q, k, v = (part for rows in projected for part in layout.pad(rows).unflatten(2, (-1, heads, width // heads)).permute(2, 0, 3, 1, 4))
-        if x.device.type == "cpu":                      # the formula as it stands is faster there than PyTorch's choices for a few words
-            weights = (q @ (k * (width // heads) ** -0.5).transpose(2, 3)).masked_fill(~seen, -math.inf).softmax(-1)
-            mixed = self.drop(weights) @ v
+            (q_weight, kv_weight), (q_bias, kv_bias) = (part.split([width, 2 * width]) for part in (weight, bias))
+            projected = [F.linear(x, q_weight, q_bias), F.linear(memory, kv_weight, kv_bias)]
+        lines = (layout.pad(rows).unflatten(2, (-1, heads, width // heads)) for rows in projected)
+        q, k, v = (part for parts in lines for part in parts.permute(2, 0, 3, 1, 4))        # (L, H, T, D / H) each
+        if x.device.type == "cpu":                          # for a few words the formula is faster than PyTorch's function
+            scores = (q @ (k * (width // heads) ** -0.5).transpose(2, 3)).masked_fill(~mask, -math.inf)
+            mixed = self.dropout(scores.softmax(-1)) @ v
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, seen, self.settings.dropout if self.training else 0.0)
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, self.settings.dropout if self.training else 0.0)
         return attention.out_proj(layout.pack(mixed.transpose(1, 2).flatten(2)))
+
+    def run_layer(self, layer: Any, x: Float[Tensor, "N D"], memory: Float[Tensor, "N D"],
+                  layout: Layout) -> Float[Tensor, "N D"]:
+        """What `nn.TransformerDecoderLayer.forward` does: self-attention, cross-attention, feed-forward."""
+        def add(x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+            if self.settings.norm_first:
+                return x + self.dropout(part(norm(x)))
+            return norm(x + self.dropout(part(x)))
+
+        x = add(x, layer.norm1, lambda x: self.attend(layer.self_attn, x, x, layout, layout.visible))
+        x = add(x, layer.norm2, lambda x: self.attend(layer.multihead_attn, x, memory, layout, layout.same_sentence))
+        return add(x, layer.norm3, lambda x: layer.linear2(self.dropout(layer.linear1(x).relu())))
 
     def forward(self, queries: Float[Tensor, "N D"], memory: Float[Tensor, "N D"],
                 lengths: Int[Tensor, "B"]) -> Float[Tensor, "N D2"]:
         n = len(queries)
-        fill = rounded(n, 32) - n                           # few sizes: a CPU's products keep memory for each that they have met
-        layout = Layout.of(F.pad(lengths, (0, 1), value=fill) if fill else lengths, self.settings.mask, queries.device)
-        x, memory = F.pad(queries, (0, 0, 0, fill)), F.pad(memory, (0, 0, 0, fill))
-
-        def add(x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
-            return x + self.drop(part(norm(x))) if self.settings.norm_first else norm(x + self.drop(part(x)))
-
-        def block(x: Tensor, layer: Any) -> Tensor:
-            x = add(x, layer.norm1, lambda x: self.attend(layer.self_attn, x, x, layout, layout.seen))
-            x = add(x, layer.norm2, lambda x: self.attend(layer.multihead_attn, x, memory, layout, layout.own))
-            return add(x, layer.norm3, lambda x: layer.linear2(self.drop(layer.linear1(x).relu())))
-
+        if fill := round_up(n, 32) - n:                                     # one more sentence, of zeros
+            lengths, queries, memory = F.pad(lengths, (0, 1), value=fill), *(F.pad(x, (0, 0, 0, fill)) for x in (queries, memory))
+        layout = Layout.first_fit(lengths, self.settings.mask, queries.device)
+        x = queries
         for layer in self.layers:
-            x = block(x, layer)
+            x = self.run_layer(layer, x, memory, layout)
         return self.out(self.norm(x))[:n]
 
 
@@ -2003,55 +2002,93 @@ class Output(NamedTuple):
     """Codes and commitment loss."""
 
 
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: Any) -> None:
+    """ValueError unless the tensors read from a file have exactly the expected names and shapes."""
+    changed = [name for name, tensor in tensors.items() if name in expected and tensor.shape != expected[name].shape]
+    for fault, names in (("lacks", expected.keys() - tensors.keys()), ("has, without need,", tensors.keys() - expected.keys()),
+                         ("has in another shape", changed)):
+        if names:
+            raise ValueError(f"{origin} {fault} {', '.join(sorted(names)[:3])}{' and others' if len(names) > 3 else ''}")
+
+
 class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["interpretability"],
               coders={ModelSettings: (asdict, dict)}):
     """Section 2: encoder, quantiser and decoder from the source layer's states to the target layer's.
 
-    As a concept method it has what `Concepts` has: name, layer, reads, vectors (K, D), directions, assign. `save_pretrained`,
-    `from_pretrained` and `push_to_hub` come from huggingface_hub; weights are safetensors.
+    It has all that a concept method has: `Concepts` says what. `save_pretrained`, `from_pretrained` and `push_to_hub` come
+    from huggingface_hub; weights are safetensors.
     """
 
     directions = False
+    encoding_mean: Float[Tensor, "D"]
+    target_mean: Float[Tensor, "D2"]
+    target_scale: Float[Tensor, "D2"]
 
-    def __init__(self, width: int, target_width: int, source_layer: int, target_layer: int, model: str = "",
-                 settings: ModelSettings | Mapping[str, Any] = ModelSettings()) -> None:
+    def __init__(self, width: int, target_width: int, source_layer: int, target_layer: int, model: str,
+                 settings: ModelSettings | Mapping[str, Any]) -> None:
         super().__init__()
-        settings = settings if isinstance(settings, ModelSettings) else ModelSettings(**settings)       # a mapping when it is loaded
+        settings = settings if isinstance(settings, ModelSettings) else ModelSettings(**settings)   # from config.json
         self.layer, self.target_layer, self.model, self.settings = source_layer, target_layer, model, settings
         self.name = "CLVQ-VAE" if source_layer != target_layer else f"single-layer VQ-VAE, layer {source_layer}"
         self.encoder = AdaptiveResidualEncoder(width, settings)
         self.quantizer = Quantizer(width, settings)
         self.decoder = Decoder(width, target_width, settings)
-        self.target_mean: Tensor
-        self.target_scale: Tensor
+        self.register_buffer("encoding_mean", torch.zeros(width))
         self.register_buffer("target_mean", torch.zeros(target_width))
         self.register_buffer("target_scale", torch.ones(target_width))
 
+    @classmethod
+    def _from_pretrained(cls, **given: Any) -> CLVQVAE:
+        try:
+            return super()._from_pretrained(**given)
+        except TypeError as error:                                          # an argument too few or too many
+            raise ValueError(f"config.json of {given['model_id']} does not describe a CLVQ-VAE: {error}") from error
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> CLVQVAE:
+        """Always strict, where huggingface_hub's own leaves random what the file lacks."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(model_file, map_location)
+        check_tensors(tensors, model.state_dict(), model_file)
+        model.load_state_dict(tensors)
+        return model.to(map_location).eval()
+
+    @classmethod
+    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> CLVQVAE:
+        raise ValueError(f"{model_file} is a pickle, which can run any code; a CLVQ-VAE is saved as safetensors")
+
     def memory(self, z: Float[Tensor, "N D"], quantized: Quantized) -> Float[Tensor, "N D"]:
-        """What the decoder reads beside the codes. The decoder knows no positions, so that another order within the sentence would
-        change nothing: ``shuffled`` takes codes from all over the batch (always the same draw for its size)."""
-        kind = self.settings.memory
+        """What the decoder reads beside the codes. It knows no positions, so another order within a sentence would change
+        nothing: ``shuffled`` takes codes from all over the batch (always the same draw for its size)."""
+        kind, codebook = self.settings.memory, self.quantizer.codebook
         if kind == "encoder":
             return z
         if kind == "quantized":
             return quantized.vectors
         if kind == "shuffled":
-            return quantized.vectors[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))]
-        return (self.vectors.mean(0) if kind == "constant" else torch.zeros_like(self.vectors[0])).expand_as(z)
+            return quantized.vectors[torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).to(z.device)]
+        return (codebook.mean(0) if kind == "constant" else torch.zeros_like(codebook[0])).expand_as(z)
 
-    def forward(self, x: Float[Tensor, "N D"], lengths: Int[Tensor, "B"], generator: torch.Generator | None = None) -> Output:
-        z = self.encoder(F.pad(x, (0, 0, 0, rounded(len(x), 32) - len(x))))[:len(x)]        # few sizes, as in the decoder
+    def forward(self, x: Float[Tensor, "N D"], lengths: Int[Tensor, "B"],
+                generator: torch.Generator | None = None) -> Output:
+        z = self.encoder(F.pad(x, (0, 0, 0, round_up(len(x), 32) - len(x))))[:len(x)]
         quantized = self.quantizer(z, generator)
         return Output(self.decoder(quantized.vectors, self.memory(z, quantized), lengths), z, quantized)
 
     def loss(self, out: Output, target: Float[Tensor, "N D2"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Section 2.4: the reconstruction error plus beta times the commitment, and the former alone; means over states."""
+        """Section 2.4: the reconstruction error plus beta times the commitment, and the error alone; means over states."""
         error = F.mse_loss(out.reconstruction.float(), (target - self.target_mean) / self.target_scale)
         return error + self.settings.commitment * out.quantized.commitment, error
 
     def reconstruct(self, out: Output) -> Float[Tensor, "N D2"]:
         """Predicted target states in the target's own units."""
         return out.reconstruction.float() * self.target_scale + self.target_mean
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes. What `vectors`, `centre` and `assign` give is on the CPU in any case."""
+        return self.encoding_mean.device
 
     @property
     def reads(self) -> int:
@@ -2061,32 +2098,44 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
     @property
     def vectors(self) -> Float[Tensor, "K D"]:
         """The codes, in the space of the source layer (up to what the encoder changes)."""
-        return self.quantizer.codebook
+        return self.quantizer.codebook.cpu()
+
+    @property
+    def centre(self) -> Float[Tensor, "D"]:
+        """Mean encoding of the training states, which are what codes are averages of."""
+        return self.encoding_mean.cpu()
 
     @torch.no_grad()
-    def assign(self, states: Float[Tensor, "N D"], rows: int = 16384, generator: torch.Generator | None = None) -> Int[Tensor, "N"]:
-        """The concept of each source-layer state: the code nearest to its encoding; with a generator, one sampled as in training."""
-        encoded = (self.encoder(block.to(self.vectors.device).float()) for block in states.split(rows))
-        return torch.cat([(self.quantizer.sample(z, generator) if generator else self.quantizer.nearest(z)).cpu() for z in encoded])
+    def encodings(self, states: Float[Tensor, "N D"], rows: Int[Tensor, "n"] | None = None,
+                  size: int = 16384) -> Iterator[Float[Tensor, "b D"]]:
+        """Encoder outputs z of these rows (default: all) of source states, ``size`` at a time, on the model's device."""
+        for block in blocks(states, rows, size):
+            yield self.encoder(block.to(self.device))
+
+    @torch.no_grad()
+    def assign(self, states: Float[Tensor, "N D"], rows: int = 16384,
+               generator: torch.Generator | None = None) -> Int[Tensor, "N"]:
+        """The concept of each source state: the code nearest to its encoding or, with a generator, one sampled as in
+        training. ``rows`` at a time."""
+        quantizer, encodings = self.quantizer, self.encodings(states, size=rows)
+        return torch.cat([(quantizer.sample(z, generator) if generator else quantizer.nearest(z)).cpu() for z in encodings])
 
     def check(self, acts: Activations) -> None:
         """ValueError unless model, layers and width are those this was trained on."""
-        source = acts.source
-        for what, own, given in (("model", self.model, [source["model"]]), ("layer", self.layer, source["layers"]),
-                                 ("layer", self.target_layer, source["layers"]), ("width", self.vectors.shape[1], [source["width"]])):
-            if own not in given:
-                raise ValueError(f"this CLVQ-VAE was trained on {what} {own}, not {' or '.join(map(str, given))}")
+        source, width = acts.source, len(self.encoding_mean)
+        for kind, expected, given in (("model", self.model, [source["model"]]), ("layer", self.layer, source["layers"]),
+                                      ("layer", self.target_layer, source["layers"]), ("width", width, [source["width"]])):
+            if expected not in given:
+                raise ValueError(f"this CLVQ-VAE was trained on {kind} {expected}, not {' or '.join(map(str, given))}")
 
 
 # ======================================================================================================
 # 10 Training
 # ======================================================================================================
 def perplexity(counts: Int[Tensor, "K"]) -> float:
-    r"""How many codes are in effective use: :math:`\exp(-\sum_k p_k \log p_k)`, between 1 and K.
-
-    Taken over a whole split. The authors average it over batches, which depends on the batch size (`batch_perplexity`).
-    """
-    p = counts[counts > 0].double() / counts.sum()                                          # (K',) codes that occur
+    r"""How many codes are in effective use: :math:`\exp(-\sum_k p_k \log p_k)`, between 1 and K, over a whole split.
+    The authors average it over batches, which depends on their size (`batch_perplexity`)."""
+    p = counts[counts > 0].double() / counts.sum()                          # (K',) codes that occur
     return float(torch.exp(-(p * p.log()).sum()))
 
 
@@ -2098,144 +2147,131 @@ def variance_explained(predicted: Float[Tensor, "N D"], target: Float[Tensor, "N
 
 @torch.no_grad()
 def evaluate(model: CLVQVAE, acts: Activations, sentences: Int[Tensor, "S"], config: Config) -> dict[str, float]:
-    """Losses, variance explained and use of the codes over these sentences, in evaluation mode.
-
-    Everything is summed over the split before it is divided, so that it does not depend on the batches; only
-    batch_perplexity, the authors' figure, does.
-    """
-    was, device = model.training, model.vectors.device
+    """Losses, variance explained and use of the codes over these sentences, in evaluation mode. All but
+    batch_perplexity, the authors' figure, are sums over the split, so that they do not depend on the batches."""
+    was_training, device, k = model.training, model.device, model.settings.n_codes
     model.eval()
-    sums: dict[str, Any] = dict.fromkeys(("loss", "mse", "error", "square", "deviation"), torch.zeros((), dtype=torch.float64))
-    counts, per_batch = torch.zeros(len(model.vectors), dtype=torch.long), []
-    for (x, y), lengths in acts.stream(sentences.split(config.batch_sentences), (model.layer, model.target_layer), device):
+    totals, deviation = torch.zeros(4, dtype=torch.double), torch.zeros(len(model.target_mean), dtype=torch.double)
+    counts, per_batch = torch.zeros(k, dtype=torch.long), []
+    batches = sentences.split(config.batch_sentences)
+    for (x, y), lengths in acts.stream(batches, (model.layer, model.target_layer), device):
         with autocast(device, config.precision):
             out = model(x, lengths)
-        used = out.quantized.codes.cpu().bincount(minlength=len(counts))
+        used = out.quantized.codes.cpu().bincount(minlength=k)
         counts += used
         per_batch.append(perplexity(used))
-        loss, mse = model.loss(out, y)
-        apart = (y - model.target_mean).double()                                            # near 0, so squares do not cancel below
-        for name, value in (("loss", loss.double() * len(apart)), ("mse", mse.double() * len(apart)), ("deviation", apart.sum(0)),
-                            ("square", apart.square().sum()), ("error", (model.reconstruct(out) - y).double().square().sum())):
-            sums[name] = sums[name] + value.cpu()
-    model.train(was)
+        losses = [loss.double() * len(x) for loss in model.loss(out, y)]
+        error = (model.reconstruct(out) - y).double().square().sum()
+        deviations = (y - model.target_mean).double()                       # near 0, so that squares do not cancel below
+        totals += torch.stack([*losses, error, deviations.square().sum()]).cpu()
+        deviation += deviations.sum(0).cpu()
+    model.train(was_training)
     n = int(counts.sum())
-    variance = sums["square"] - sums["deviation"].square().sum() / n
-    return {"loss": float(sums["loss"]) / n, "mse": float(sums["mse"]) / n, "variance_explained": float(1 - sums["error"] / variance),
+    loss, mse, error, square = totals
+    return {"loss": float(loss) / n, "mse": float(mse) / n,
+            "variance_explained": float(1 - error / (square - deviation.square().sum() / n)),
             "perplexity": perplexity(counts), "batch_perplexity": float(np.mean(per_batch)),
-            "utilisation": perplexity(counts) / len(counts), "codes_used": int((counts > 0).sum())}
+            "utilisation": perplexity(counts) / k, "codes_used": int((counts > 0).sum())}
 
 
-def save_checkpoint(path: Path, model: CLVQVAE, optimizer: torch.optim.Adam, best: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Where training stands after an epoch: weights, best weights and Adam's state as safetensors, the rest as JSON in its header."""
+def save_checkpoint(path: Path, model: CLVQVAE, optimizer: torch.optim.Adam, best: dict[str, Tensor],
+                    record: dict[str, Any]) -> None:
+    """Keep where training stands after an epoch: weights, best weights and Adam's state as safetensors, and the record
+    as JSON in their header."""
     from safetensors.torch import save_file
 
     adam = {f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
-    tensors = {f"{part}/{name}": value.contiguous().clone()
-               for part, state in (("model", model.state_dict()), ("best", best), ("adam", adam)) for name, value in state.items()}
+    parts = {"model": model.state_dict(), "best": best, "adam": adam}
+    tensors = {f"{part}/{name}": value.contiguous().clone() for part, state in parts.items() for name, value in state.items()}
     write_whole(path, lambda partial: save_file(tensors, partial, {"record": json.dumps(record)}))
 
 
 def load_checkpoint(path: Path, model: CLVQVAE, optimizer: torch.optim.Adam) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Puts weights and Adam's state back; the best weights and the record."""
+    """Put weights and Adam's state back; returns the best weights and the record. ValueError if a tensor is missing."""
     from safetensors import safe_open
 
+    parameters = enumerate(optimizer.param_groups[0]["params"])
+    adam = {f"{i}.{name}": value for i, p in parameters for name, value in (("exp_avg", p), ("exp_avg_sq", p), ("step", torch.zeros(())))}
+    parts = {"model": model.state_dict(), "best": model.state_dict(), "adam": adam}
+    expected = {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
     with safe_open(path, "pt") as file:
-        record, names = json.loads(file.metadata()["record"]), list(file.keys())
-        parts = {part: {name.split("/")[1]: file.get_tensor(name) for name in names if name.startswith(f"{part}/")}
-                 for part in ("model", "best", "adam")}
+        record, tensors = json.loads(file.metadata()["record"]), {name: file.get_tensor(name) for name in file.keys()}
+    check_tensors(tensors, expected, path)
+    parts = {part: {name: tensors[f"{part}/{name}"] for name in state} for part, state in parts.items()}
     model.load_state_dict(parts["model"])
-    adam = optimizer.state_dict()
+    state = optimizer.state_dict()
     for name, tensor in parts["adam"].items():
         i, key = name.split(".")
-        adam["state"].setdefault(int(i), {})[key] = tensor
-    adam["param_groups"][0]["lr"] = record["learning_rate"]
-    optimizer.load_state_dict(adam)
+        state["state"].setdefault(int(i), {})[key] = tensor
+    state["param_groups"][0]["lr"] = record["learning_rate"]
+    optimizer.load_state_dict(state)
     return parts["best"], record
 
 
 def check_finite(loss: float, epoch: int, config: Config) -> None:
     """FloatingPointError if training has diverged."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f"training broke off in epoch {epoch}: the loss is {loss}; "
+        raise FloatingPointError(f"training stopped in epoch {epoch} because the loss is {loss}; "
                                  f"try a learning_rate below {config.learning_rate:g}")
 
 
 def shuffled_batches(n: int, size: int, generator: torch.Generator, together: int = 1) -> list[Int[Tensor, "B"]]:
-    """``size`` of n sentences each, in random order. ``together`` consecutive ones stay in one pool of `BATCHES_PER_READ` batches, so that what a
-    pool reads from disk lies in few stretches."""
+    """Batches of ``size`` of n sentences in random order. ``together`` consecutive ones stay among the `BATCHES_PER_READ` batches
+    that are read at once, so that these lie in few stretches of the disk."""
     stretches = torch.arange(n).split(together)
     order = torch.cat([stretches[i] for i in torch.randperm(len(stretches), generator=generator)])
     pools = [pool[torch.randperm(len(pool), generator=generator)] for pool in order.split(BATCHES_PER_READ * size)]
     return [batch for pool in pools for batch in pool.split(size)]
 
 
-def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, sentences: Int[Tensor, "S"], config: Config,
-                epoch: int) -> dict[str, float]:
-    """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over states, and how many codes were drawn.
-
-    Processes that train together share out the sentences of each batch (one of fewer sentences than processes is left out), and take
-    the step and the averages of the whole batch. FloatingPointError if the loss is not finite, ValueError if no batch has a sentence
-    for each process.
-    """
-    (rank, world), device = ranks(), model.vectors.device
-    if world > (largest := min(config.batch_sentences, len(sentences))):
-        raise ValueError(f"{world} processes cannot share batches of {largest} sentences; start at most {largest}")
-    total = torch.zeros(3, dtype=torch.float64, device=device)                              # loss, error, states
-    used = torch.zeros(len(model.vectors), device=device)
+def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, sentences: Int[Tensor, "S"],
+                config: Config, epoch: int) -> dict[str, float]:
+    """One pass: for each batch quantise, loss, gradient step, then the moving averages. Mean losses over states, and how
+    many codes were drawn. FloatingPointError if the loss is not finite."""
+    device, parameters = model.device, optimizer.param_groups[0]["params"]
+    totals = torch.zeros(3, dtype=torch.float64, device=device)             # loss, error, states
+    drawn = torch.zeros(model.settings.n_codes, dtype=torch.bool, device=device)
     order = torch.Generator().manual_seed(int(hash_text(config.seed, epoch)[:15], 16))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
-    with seeded(config.seed, epoch, *([rank] if rank else [])):
+    with seeded(config.seed, epoch):
         batches = shuffled_batches(len(sentences), config.batch_sentences, order, config.read_together)
-        own = [sentences[batch[rank::world]] for batch in batches if len(batch) >= world]
-        for (x, y), lengths in acts.stream(own, (model.layer, model.target_layer), device):
+        chosen = [sentences[batch] for batch in batches]
+        for (x, y), lengths in acts.stream(chosen, (model.layer, model.target_layer), device):
             with autocast(device, config.precision):
                 out = model(x, lengths)
             loss, error = model.loss(out, y)
             optimizer.zero_grad()
-            if world > 1:
-                states = torch.tensor(len(x), device=device)
-                sum_over_ranks(states)
-                (loss * len(x) / states).backward()
-                gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
-                flat = nn.utils.parameters_to_vector(gradients)
-                sum_over_ranks(flat)
-                nn.utils.vector_to_parameters(flat, gradients)
-            else:
-                loss.backward()
+            loss.backward()
             if config.clip_norm:
-                nn.utils.clip_grad_norm_(trainable, config.clip_norm)
+                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimizer.step()
             model.quantizer.update(out.encoded.detach(), out.quantized.codes)
-            used[out.quantized.codes] = 1
-            total += torch.stack([loss.detach() * len(x), error.detach() * len(x), loss.new_tensor(len(x))])
-    sum_over_ranks(total, used)
-    check_finite(float(total[0]), epoch, config)
-    mean_loss, mean_error = (total[:2] / total[2]).tolist()
-    return {"train_loss": mean_loss, "train_mse": mean_error, "train_codes_used": int((used > 0).sum())}
+            drawn[out.quantized.codes] = True
+            totals += torch.stack([loss.detach() * len(x), error.detach() * len(x), loss.new_tensor(len(x))])
+    check_finite(float(totals[0]), epoch, config)
+    mean_loss, mean_error = (totals[:2] / totals[2]).tolist()
+    return {"train_loss": mean_loss, "train_mse": mean_error, "train_codes_used": int(drawn.sum())}
 
 
 def split_sentences(acts: Activations, config: TrainSettings) -> tuple[Int[Tensor, "S1"], Int[Tensor, "S2"]]:
-    """Which sentences CLVQ-VAE is trained on, and which are held out, each in their order."""
+    """The sentences that CLVQ-VAE is trained on, and those held out, each in the order of the corpus."""
     order = torch.randperm(len(acts.lengths), generator=torch.Generator().manual_seed(config.seed))
     n_held = max(1, round(config.validation_share * len(order)))
-    n_kept = max(1, round(config.train_share * (len(order) - n_held)))
-    return order[n_held:n_held + n_kept].sort().values, order[:n_held].sort().values
+    n_fitted = max(1, round(config.train_share * (len(order) - n_held)))
+    return order[n_held:n_held + n_fitted].sort().values, order[:n_held].sort().values
 
 
 def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Path | None = None,
           start: Callable[..., tuple[Tensor, Tensor]] = start_codebook) -> tuple[CLVQVAE, pd.DataFrame]:
-    """A trained CLVQ-VAE with its best weights, and its history: a row an epoch, epoch 0 being the start.
+    """A trained CLVQ-VAE with its best weights, and its history: one row per epoch, epoch 0 being the start.
 
-    With a ``folder``, the state is kept there after each epoch and a later call goes on from it, on as many threads to the
-    same weights bit for bit: all that is random in an epoch depends on (seed, epoch). Raises FloatingPointError when a loss
-    is not finite; the state of the last good epoch stays.
+    With a ``folder``, a checkpoint is kept there after each epoch, from which a later call goes on. On as many threads it
+    reaches the same weights bit for bit, as all that is random in an epoch depends on (seed, epoch). FloatingPointError
+    if a loss is not finite; the checkpoint of the last good epoch stays.
     """
-    source, target = layers
-    device = best_device()
-    kept, held = split_sentences(acts, config)
-    rows = acts.rows(kept)
+    (source, target), device = layers, best_device()
+    fitted, held = split_sentences(acts, config)
+    rows = acts.rows(fitted)
     with seeded(config.seed):
         model = CLVQVAE(acts.states[source].shape[1], acts.states[target].shape[1], source, target, acts.source["model"],
                         config.subset(ModelSettings)).to(device)
@@ -2254,72 +2290,73 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
             model.target_scale.copy_(variance.sqrt().clamp_min(1e-6))
         codes, counts = start(acts.states[source], model.settings, torch.Generator().manual_seed(config.seed), rows)
         model.quantizer.start(codes.to(device), counts.to(device))
-        best = {k: v.clone() for k, v in model.state_dict().items()}
+        best = {name: value.clone() for name, value in model.state_dict().items()}
         result = evaluate(model, acts, held, config)
         first = {"epoch": 0, **{f"validation_{k}": v for k, v in result.items()}, "alpha": model.encoder.alpha.item()}
         record = {"epoch": 0, "best": result["loss"], "waited": 0, "history": [first]}
 
-    weights, left = sum(parameter.numel() for parameter in trainable), config.epochs - record["epoch"]
-    operations = len(rows) * left * (6 * weights + 2 * model.vectors.numel())
-    announce(f"training on {len(acts.tokens):,} states, at most {left} epochs", operations,
+    weights, epochs_left = sum(parameter.numel() for parameter in trainable), config.epochs - record["epoch"]
+    operations = len(rows) * epochs_left * (6 * weights + 2 * model.quantizer.codebook.numel())
+    announce(f"training on {len(acts.tokens):,} states, at most {epochs_left} epochs", operations,
              4 * (acts.states[source].numel() + acts.states[target].numel()) + 16 * weights, 16 * weights)
-    rank, _ = ranks()
-    bar = tqdm(total=config.epochs, initial=record["epoch"], desc="training CLVQ-VAE", unit="epoch", disable=rank > 0)
+    bar = tqdm(total=config.epochs, initial=record["epoch"], desc="training CLVQ-VAE", unit="epoch")
     while record["epoch"] < config.epochs and record["waited"] < config.stop_patience:
         epoch, began = record["epoch"] + 1, time.perf_counter()
-        loss = train_epoch(model, optimizer, acts, kept, config, epoch)
+        losses = train_epoch(model, optimizer, acts, fitted, config, epoch)
         result = evaluate(model, acts, held, config)
-        check_finite(result["loss"], epoch, config)                                         # the last step may have broken it
+        check_finite(result["loss"], epoch, config)                         # the last step may have broken the weights
         plateau.step(result["loss"])
         record["waited"] += 1
         if result["loss"] < record["best"]:
-            best = {k: v.clone() for k, v in model.state_dict().items()}
+            best = {name: value.clone() for name, value in model.state_dict().items()}
             record.update(best=result["loss"], waited=0)
-        record["history"].append({"epoch": epoch, **loss, **{f"validation_{k}": v for k, v in result.items()},
-                                  "alpha": model.encoder.alpha.item(), "learning_rate": optimizer.param_groups[0]["lr"],
+        rate = optimizer.param_groups[0]["lr"]
+        record["history"].append({"epoch": epoch, **losses, **{f"validation_{k}": v for k, v in result.items()},
+                                  "alpha": model.encoder.alpha.item(), "learning_rate": rate,
                                   "seconds": time.perf_counter() - began})
-        record.update(epoch=epoch, plateau=plateau.state_dict(), learning_rate=optimizer.param_groups[0]["lr"])
-        if checkpoint and rank == 0:
+        record.update(epoch=epoch, plateau=plateau.state_dict(), learning_rate=rate)
+        if checkpoint:
             save_checkpoint(checkpoint, model, optimizer, best, record)
         bar.update()
         bar.set_postfix(explained=f"{result['variance_explained']:.3f}", codes=result["codes_used"])
     bar.close()
     model.load_state_dict(best)
+    total = sum(z.double().sum(0) for z in model.encodings(acts.states[source], rows))
+    model.encoding_mean.copy_(total / len(rows))
     return model.eval(), pd.DataFrame(record["history"])
 
 
 @torch.no_grad()
 def sampling(model: CLVQVAE, states: Float[Tensor, "N D"], rows: int = 16384) -> dict[str, float]:
-    """How random training's choice of codes is (equation 4), over these source states.
+    """How random training's choice of codes is (equation 4) over these source states.
 
-    sampling_entropy (nats, mean over states) and effective_k, its exponential; nearest_chance, mean probability of the nearest code;
-    gap, median distance by which the second nearest code is farther than the nearest; temperature_in_gaps.
+    sampling_entropy, mean over states in nats, and effective_k, its exponential; nearest_chance, mean probability of the
+    nearest code; gap, median of how much farther the second nearest code is; temperature_in_gaps.
     """
-    settings, entropy, chance, gaps = model.settings, [], [], []
-    for block in states.split(rows):
-        z = model.encoder(block.to(model.vectors.device).float())
-        near = model.quantizer.distances(z).topk(min(max(2, settings.top_k), settings.n_codes), dim=1, largest=False)[0]
+    settings, entropies, chances, gaps = model.settings, [], [], []
+    for z in model.encodings(states, size=rows):
+        near = model.quantizer.distances(z).topk(min(max(2, settings.top_k), settings.n_codes), largest=False)[0]
         p = torch.softmax(-near[:, :settings.top_k].double() / settings.temperature, dim=1)
-        entropy.append(torch.special.entr(p).sum(1))
-        chance.append(p[:, 0])
+        entropies.append(torch.special.entr(p).sum(1))
+        chances.append(p[:, 0])
         gaps.append(near[:, min(1, near.shape[1] - 1)] - near[:, 0])
-    bits, gap = float(torch.cat(entropy).mean()), float(torch.cat(gaps).median())
-    return {"sampling_entropy": bits, "effective_k": math.exp(bits), "nearest_chance": float(torch.cat(chance).mean()), "gap": gap,
-            "temperature_in_gaps": settings.temperature / gap if gap > 0 else math.inf}
+    entropy, gap = float(torch.cat(entropies).mean()), float(torch.cat(gaps).median())
+    return {"sampling_entropy": entropy, "effective_k": math.exp(entropy), "nearest_chance": float(torch.cat(chances).mean()),
+            "gap": gap, "temperature_in_gaps": settings.temperature / gap if gap > 0 else math.inf}
 
 
 @torch.no_grad()
 def references(model: CLVQVAE, acts: Activations, config: TrainSettings) -> dict[str, float]:
-    """Held-out variance of the targets that two simpler things explain: ``by_code_means``, each code's mean target state (what codes say
-    by themselves); ``by_linear_map``, least squares on the source states (what needs no codes and no decoder)."""
+    """Held-out variance of the targets that two simpler predictors explain: the mean target state of each code (what
+    codes say by themselves), and least squares on the source states (without codes or decoder)."""
     (x, y), (x_held, y_held) = ([acts.states[layer][acts.rows(part)].double() for layer in (model.layer, model.target_layer)]
                                 for part in split_sentences(acts, config))
     codes, codes_held = model.assign(x), model.assign(x_held)
-    counts = codes.bincount(minlength=len(model.vectors)).double()
+    counts = codes.bincount(minlength=model.settings.n_codes).double()
     means = torch.zeros(len(counts), y.shape[1], dtype=torch.double).index_add_(0, codes, y) / counts.clamp_min(1)[:, None]
     means[counts == 0] = y.mean(0)
     centred = x - x.mean(0)
-    ridge = 1e-4 * centred.square().sum() / x.shape[1]                                      # of the mean squared length, for few rows
+    ridge = 1e-4 * centred.square().sum() / x.shape[1]                      # of the mean squared length, for few rows
     gram = centred.T @ centred + ridge * torch.eye(x.shape[1], dtype=torch.double)
     linear = y.mean(0) + (x_held - x.mean(0)) @ torch.linalg.solve(gram, centred.T @ (y - y.mean(0)))
     return {"explained_by_code_means": variance_explained(means[codes_held], y_held),
@@ -2336,37 +2373,41 @@ class Concepts:
     name: str
     """What tables call it."""
     layer: int
-    """Layer the vectors live in; from states of another one they cannot be removed."""
+    """Layer the vectors live in, the only one they can be removed from."""
     vectors: Float[Tensor, "K D"]
     """The concepts: points among the states (centroids, codes), or directions."""
     reads: int = -1
     """Layer whose states `assign` takes; -1: the layer the vectors live in."""
     directions: bool = False
-    """Whether vectors are directions without a place (SAE rows, components), which a shift of all states leaves as they are."""
+    """Whether vectors are directions (SAE rows, components), which have no place and do not move when all states do."""
     scores: Callable[[Float[Tensor, "n D"]], Float[Tensor, "n K"]] | None = None
-    """A state has the concept of the highest score; none: the nearest vector."""
+    """A state has the concept with the highest score; none: the nearest vector."""
     facts: dict[str, float] = field(default_factory=dict)
     """What is known of the method itself: variance explained, L0, dead neurons."""
+    centre: Float[Tensor, "D"] = None                                                       # type: ignore[assignment]
+    """Mean of what the vectors are averages of; for directions, of the states of their layer; none: the origin."""
 
     def __post_init__(self) -> None:
         self.reads = self.layer if self.reads < 0 else self.reads
+        self.centre = torch.zeros_like(self.vectors[0]) if self.centre is None else self.centre
 
     @torch.no_grad()
     def assign(self, states: Float[Tensor, "N D"], rows: int = 16384) -> Int[Tensor, "N"]:
         """The concept of each state of layer `reads`."""
-        scores: Any = self.scores
-        return torch.cat([scores(block).argmax(1) if scores else nearest(block, self.vectors)[0] for block in blocks(states, size=rows)])
+        def codes(block: Float[Tensor, "b D"]) -> Int[Tensor, "b"]:
+            return self.scores(block).argmax(1) if self.scores else nearest(block, self.vectors)[0]
+
+        return torch.cat([codes(block) for block in blocks(states, size=rows)])
 
 
-def ward(x: Float[Tensor, "N D"], k: int, points: int, generator: torch.Generator) -> Float[Tensor, "K D"]:
-    """Centroids of agglomerative clusters, Ward linkage on Euclidean distances, of a uniform choice of ``points`` rows.
+def ward(x: Float[Tensor, "N D"], k: int) -> Float[Tensor, "K D"]:
+    """Centroids of agglomerative clusters, Ward linkage on Euclidean distances, as in Yu et al. 2024.
 
-    As in Yu et al. 2024, but for the budget: memory grows with the square of the points, and the paper's 81,456 would need
-    26.5 GB. Says beforehand what it will cost; the time is that of a tenth of the points, scaled.
+    Memory grows with the square of N: the paper's 81,456 states would need 26.5 GB. The time, which is announced, is that
+    of a tenth of the states, scaled.
     """
     from sklearn.cluster import AgglomerativeClustering
 
-    x = x[torch.randperm(len(x), generator=generator)[:points]].float()
     began, tenth = time.perf_counter(), max(2, len(x) // 10)
     AgglomerativeClustering(2, linkage="ward").fit(x[:tenth].numpy())
     seconds = (time.perf_counter() - began) * (len(x) / tenth) ** 2
@@ -2375,49 +2416,56 @@ def ward(x: Float[Tensor, "N D"], k: int, points: int, generator: torch.Generato
     return torch.zeros(k, x.shape[1]).index_add_(0, labels, x) / labels.bincount(minlength=k)[:, None]
 
 
-CLUSTERS: dict[Any, str] = {"ward": "Ward clusters", "kmeans++": "k-means", "spherical": "spherical k-means", "random": "random states"}
+CLUSTERS: dict[Any, str] = {"ward": "Ward clusters", "kmeans++": "k-means", "spherical": "spherical k-means",
+                            "random": "random states"}
 
 
-def clusters(acts: Activations, layer: int, how: Literal["ward", "kmeans++", "spherical", "random"], config: Config) -> Concepts:
-    """`n_codes` clusters of the training states, a state being in the one of the nearest centre.
+def clusters(acts: Activations, layer: int, how: Literal["ward", "kmeans++", "spherical", "random"],
+             config: Config) -> Concepts:
+    """`n_codes` clusters of the training states, each state belonging to the nearest centre.
 
-    ``ward`` as above; ``kmeans++``; ``spherical``, which is where CLVQ-VAE starts (equation 2); ``random`` training states.
+    ``ward`` of `cluster_points` states drawn uniformly; ``kmeans++``; ``spherical``, where CLVQ-VAE starts (equation 2);
+    ``random`` training states.
     """
     states, generator, k = acts.states[layer], torch.Generator().manual_seed(config.seed), config.n_codes
     if how == "ward":
         if (points := min(len(states), config.cluster_points)) < k:
-            raise ValueError(f"n_codes={k} is more than the {points} points that Ward clusters: raise cluster_points")
-        return Concepts(CLUSTERS[how], layer, ward(states, k, points, generator))
-    n, width = min(len(states), POINTS * k), states.shape[1]
-    if how != "random":
-        announce(f"{CLUSTERS[how]} of {n:,} states", 2 * n * k * width * (config.start_iterations + 2 + math.log(k)), 8 * n * width)
-    return Concepts(CLUSTERS[how], layer, start_codebook(states, replace(config.subset(ModelSettings), start=how), generator)[0])
+            raise ValueError(f"n_codes={k} is more than the {points} states that Ward clusters; raise cluster_points")
+        states = states[torch.randperm(len(states), generator=generator)[:points]].float()
+        vectors = ward(states, k)
+    else:
+        n, width = min(len(states), MAX_POINTS_PER_CODE * k), states.shape[1]
+        if how != "random":
+            operations = 2 * n * k * width * (config.start_iterations + 2 + math.log(k))
+            announce(f"{CLUSTERS[how]} of {n:,} states", operations, 8 * n * width)
+        vectors, _ = start_codebook(states, replace(config.subset(ModelSettings), start=how), generator)
+    return Concepts(CLUSTERS[how], layer, vectors, centre=moments(states)[0].float())
 
 
 class SparseAutoencoder(nn.Module):
     """H neurons that read source states and write target states: ``f = relu(W x' + b)``, ``y' = V^T f + c``.
 
-    With ``top_k``, only so many of a state's neurons stay (Gao et al. 2024). x' and y' are states less their mean, in units of
-    their root mean square distance from it per dimension. Rows of V have unit length, so that the penalty on f cannot be had
-    cheaper by longer rows (Bricken et al. 2023).
+    x' and y' are states less their mean, in units of their root mean square distance from it per dimension. With
+    ``top_k``, only a state's k most active neurons stay (Gao et al. 2024). Rows of V have unit length, so that longer
+    rows cannot lower the penalty on f (Bricken et al. 2023).
     """
 
     def __init__(self, width: int, target_width: int, neurons: int, top_k: int = 0) -> None:
         super().__init__()
         self.top_k = top_k
-        self.decoder = nn.Parameter(F.normalize(torch.randn(neurons, target_width), dim=1))                             # V, (H, D2)
-        start = self.decoder.detach() if width == target_width else F.normalize(torch.randn(neurons, width), dim=1)
-        # Half of the neurons are active at first; so scaled, they add up to about the state itself and not to many times it
-        self.encoder = nn.Parameter(start * (1.0 if top_k else min(1.0, 2 * width / neurons)))                          # W, (H, D)
+        self.decoder = nn.Parameter(F.normalize(torch.randn(neurons, target_width), dim=1))                 # V, (H, D2)
+        rows = self.decoder.detach() if width == target_width else F.normalize(torch.randn(neurons, width), dim=1)
+        # Half of the neurons are active at first; scaled so, they add up to about the state and not to many times it.
+        self.encoder = nn.Parameter(rows * (1.0 if top_k else min(1.0, 2 * width / neurons)))               # W, (H, D)
         self.bias, self.target_bias = nn.Parameter(torch.zeros(neurons)), nn.Parameter(torch.zeros(target_width))
-        self.mean, self.scale, self.target_mean, self.target_scale = (
-            nn.Buffer(start) for start in (torch.zeros(width), torch.ones(()), torch.zeros(target_width), torch.ones(())))
+        self.mean, self.scale = nn.Buffer(torch.zeros(width)), nn.Buffer(torch.ones(()))
+        self.target_mean, self.target_scale = nn.Buffer(torch.zeros(target_width)), nn.Buffer(torch.ones(()))
 
     def standardize(self, x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"]) -> None:
         """Take means and scales from these states."""
         for mean, scale, states in ((self.mean, self.scale, x), (self.target_mean, self.target_scale, y)):
-            own, variance = moments(states)
-            mean.copy_(own)
+            states_mean, variance = moments(states)
+            mean.copy_(states_mean)
             scale.copy_(variance.mean().sqrt())
 
     def activations(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N H"]:
@@ -2431,7 +2479,8 @@ class SparseAutoencoder(nn.Module):
     def loss(self, x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"], l1: float) -> tuple[Tensor, Tensor, Tensor]:
         """Mean squared error of y' plus ``l1`` times the mean over states of the sum of f; the error alone; f."""
         f = self.activations(x)
-        error = F.mse_loss((F.linear(f, self.decoder.T) + self.target_bias).float(), (y - self.target_mean) / self.target_scale)
+        predicted = (F.linear(f, self.decoder.T) + self.target_bias).float()
+        error = F.mse_loss(predicted, (y - self.target_mean) / self.target_scale)
         return error + l1 * f.sum(1).float().mean(), error, f
 
 
@@ -2439,9 +2488,9 @@ SAES = ((2048, False), (4096, False), (2048, True))
 """Sparse autoencoders that CLVQ-VAE is compared with: neurons, and whether only the most active ones stay."""
 
 
-def sae_step(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Float[Tensor, "B D"], y: Float[Tensor, "B D2"],
-             config: Config) -> Float[Tensor, ""]:
-    """One step towards these states; decoder rows are brought back to unit length. The loss before it."""
+def sae_step(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Float[Tensor, "B D"],
+             y: Float[Tensor, "B D2"], config: Config) -> Float[Tensor, ""]:
+    """One gradient step, after which decoder rows are scaled back to unit length. The loss before it."""
     with autocast(x.device, config.precision):
         loss, _, _ = sae.loss(x, y, 0.0 if sae.top_k else config.sae_l1)
     optimizer.zero_grad()
@@ -2453,7 +2502,7 @@ def sae_step(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Float[
 
 
 def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: int, config: Config) -> SparseAutoencoder:
-    """A trained cross-layer sparse autoencoder: Adam, decoder rows brought back to unit length after each step."""
+    """A cross-layer sparse autoencoder, trained by Adam; on the CPU."""
     x, y = (acts.states[layer] for layer in layers)
     weights = neurons * (x.shape[1] + y.shape[1])
     announce(f"training an SAE of {neurons:,} neurons on {len(x):,} states", 6 * len(x) * weights * config.sae_epochs, 16 * weights)
@@ -2466,49 +2515,56 @@ def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: i
     for epoch in tqdm(range(config.sae_epochs), desc=f"training SAE {neurons}", unit="epoch"):
         total = torch.zeros((), device=device)
         for batch in torch.randperm(len(x), generator=generator).split(config.sae_batch):
-            source, wanted = (states[batch].to(device).float() for states in (x, y))
-            total += sae_step(sae, optimizer, source, wanted, config)
+            total += sae_step(sae, optimizer, *(states[batch].to(device).float() for states in (x, y)), config)
         check_finite(total.item(), epoch, config)
     return sae.eval().cpu()
 
 
 @torch.no_grad()
 def sae_facts(sae: SparseAutoencoder, acts: Activations, layers: tuple[int, int], rows: int = 8192) -> dict[str, float]:
-    """Over these states: share of the target's variance that is explained, L0 (neurons active at a state), share of dead neurons."""
+    """Over these states: share of the target's variance explained, L0 (active neurons per state), share of dead neurons."""
     error, active, fired = 0.0, 0.0, torch.zeros(len(sae.encoder), dtype=torch.bool)
-    for x, y in zip(*(acts.states[layer].split(rows) for layer in layers), strict=True):
-        _, mse, f = sae.loss(x.float(), y.float(), 0.0)
+    for x, y in zip(*(blocks(acts.states[layer], size=rows) for layer in layers), strict=True):
+        _, mse, f = sae.loss(x, y, 0.0)
         error, active, fired = error + float(mse) * len(x), active + float((f > 0).sum()), fired | (f > 0).any(0)
-    n = len(acts.states[layers[0]])
+    n = len(acts.tokens)
     variance = moments(acts.states[layers[1]])[1].mean() / sae.target_scale.square()
     return {"variance_explained": 1 - error / n / float(variance), "l0": active / n, "dead": 1 - float(fired.float().mean())}
 
 
-def sae_concepts(sae: SparseAutoencoder, layers: tuple[int, int], name: str, config: Config, facts: dict[str, float]) -> list[Concepts]:
-    """The rows of the encoder, which live at the source, and of the decoder, which live at the target; a state has its most
-    active neuron. With ``sae_rows="source"`` decoder rows alone, as if they lived at the source (the authors' mixture)."""
+def sae_concepts(sae: SparseAutoencoder, layers: tuple[int, int], name: str, config: Config,
+                 facts: dict[str, float]) -> list[Concepts]:
+    """The rows of the encoder, which live at the source, and of the decoder, which live at the target; a state has its
+    most active neuron. With ``sae_rows="source"``, decoder rows only, as if they lived at the source (authors)."""
     source, target = layers
-    parts = [("encoder", sae.encoder, source), ("decoder", sae.decoder, target)]
+    parts = [("encoder", sae.encoder, source, sae.mean), ("decoder", sae.decoder, target, sae.target_mean)]
     if config.sae_rows == "source":
-        parts = [("decoder at the source layer", sae.decoder, source)]
-    return [Concepts(f"{name}, {part}", layer, rows.detach(), source, True, sae.activations, facts) for part, rows, layer in parts]
+        parts = [("decoder at the source layer", sae.decoder, source, sae.mean)]
+    return [Concepts(f"{name}, {part}", layer, rows.detach(), source, True, sae.activations, facts, centre)
+            for part, rows, layer, centre in parts]
 
 
-def unlearned(acts: Activations, labels: Int[Tensor, "S"], layer: int, config: Config) -> list[Concepts]:
-    """Concepts that nobody had to learn. Random codes: Gaussian with the states' own mean and deviations. Principal components: of all
-    training states; a state has the one it deviates along most, in standard deviations. Class means: the difference
-    of each class's mean summary state from that of the others, a supervised ceiling; a state has the one it points to most."""
+def reference_concepts(acts: Activations, labels: Int[Tensor, "S"], layer: int, config: Config) -> list[Concepts]:
+    """Concepts found without training, around the mean of all training states.
+
+    Random codes: Gaussian, with the mean and deviations of the states. Principal components: a state has the one along
+    which it deviates most, in standard deviations. Class means, a supervised ceiling: the mean summary state of each
+    class less that of the others; a state has the one it points to most.
+    """
     states, generator = acts.states[layer], torch.Generator().manual_seed(config.seed)
     mean, covariance = (part.float() for part in moments(states, covariance=True))
     values, vectors = torch.linalg.eigh(covariance)
-    vectors, sd = vectors.flip(1)[:, :config.n_codes], values.flip(0)[:config.n_codes].clamp_min(1e-12).sqrt()          # (D, K)
+    components = vectors.flip(1)[:, :config.n_codes]                                                        # (D, K)
+    deviations = values.flip(0)[:config.n_codes].clamp_min(1e-12).sqrt()                                    # (K,)
+    noise = torch.randn(config.n_codes, len(mean), generator=generator)
     h = states[acts.summary_rows].float()
-    classes = torch.stack([h[labels == c].mean(0) - h[labels != c].mean(0) for c in range(int(labels.max()) + 1)])      # (C, D)
+    classes = torch.stack([h[labels == c].mean(0) - h[labels != c].mean(0) for c in range(int(labels.max()) + 1)])
     return [
-        Concepts("random codes", layer, mean + covariance.diagonal().sqrt() * torch.randn(config.n_codes, len(mean), generator=generator)),
-        Concepts("principal components", layer, vectors.T.contiguous(), directions=True,
-                 scores=lambda states: ((states - mean) @ vectors / sd).abs()),
-        Concepts("class means", layer, classes, directions=True, scores=lambda states: (states - mean) @ F.normalize(classes, dim=1).T),
+        Concepts("random codes", layer, mean + covariance.diagonal().sqrt() * noise, centre=mean),
+        Concepts("principal components", layer, components.T.contiguous(), directions=True, centre=mean,
+                 scores=lambda states: ((states - mean) @ components / deviations).abs()),
+        Concepts("class means", layer, classes, directions=True, centre=mean,
+                 scores=lambda states: (states - mean) @ F.normalize(classes, dim=1).T),
     ]
 
 
@@ -3559,7 +3615,7 @@ def code_hash(*names: str) -> str:
     return hash_text(sorted((name, known[name][0]) for name in seen))
 
 
-PROTOCOL = ("CLVQVAE", "CLUSTERS", "SAES", "Trial", "attribute", "clusters", "extract", "sae_concepts", "train", "train_sae", "unlearned")
+PROTOCOL = ("CLVQVAE", "CLUSTERS", "SAES", "Trial", "attribute", "clusters", "extract", "sae_concepts", "train", "train_sae", "reference_concepts")
 """Code that any result on concept methods depends on."""
 MEASURED = ("faithfulness", "references", "sampling", "summarise")
 """And that what is measured of a training does."""
@@ -3917,9 +3973,6 @@ class Pipeline:
             (partial / "checkpoint.safetensors").unlink(missing_ok=True)
 
         settings = [config.subset(ModelSettings), config.subset(TrainSettings), layers]
-        if not self.only_kept and ranks()[0] and not self.has("train_folder", layers):  # the first process keeps what all train
-            with tempfile.TemporaryDirectory() as elsewhere:
-                build(Path(elsewhere))
         return self.step("clvqvae", build, ["train", "extract"], *self.states_inputs(), settings)
 
     def trained(self, layers: tuple[int, int]) -> CLVQVAE:
@@ -4011,11 +4064,11 @@ class Pipeline:
 
         def build(partial: Path) -> None:
             found = clusters(self.activations("train"), self.layers[0], how, self.config)
-            save_file({"vectors": found.vectors.contiguous()}, partial / "clusters.safetensors")
+            save_file({"vectors": found.vectors.contiguous(), "centre": found.centre}, partial / "clusters.safetensors")
 
         settings = [self.config.n_codes, self.config.start_iterations, self.config.cluster_points, self.config.seed]
         folder = self.step("clusters", build, ["clusters", "extract"], *self.states_inputs(), how, self.layers[0], settings)
-        return Concepts(CLUSTERS[how], self.layers[0], load_file(folder / "clusters.safetensors")["vectors"])
+        return Concepts(CLUSTERS[how], self.layers[0], **load_file(folder / "clusters.safetensors"))
 
     def sae(self, neurons: int, top_k: int = 0) -> list[Concepts]:
         """The rows of a cross-layer sparse autoencoder; `sae_concepts`."""
@@ -4032,6 +4085,7 @@ class Pipeline:
         folder = self.step("sae", build, ["train_sae", "sae_facts", "extract"], *inputs)
         weights = load_file(folder / "model.safetensors")
         sae = SparseAutoencoder(weights["encoder"].shape[1], weights["decoder"].shape[1], neurons, top_k)
+        check_tensors(weights, sae.state_dict(), folder / "model.safetensors")
         sae.load_state_dict(weights)
         name = f"TopK SAE {neurons}" if top_k else f"SAE {neurons}"
         return sae_concepts(sae, self.layers, name, self.config, json.loads((folder / "facts.json").read_text("utf8")))
@@ -4050,7 +4104,7 @@ class Pipeline:
         """CLVQ-VAE and all it is compared with, those at the source layer first."""
         acts, labels = self.activations("train"), torch.tensor(self.train["label"].to_numpy())
         source, target = self.layers
-        found = [self.clvqvae, *(self.clusters(how) for how in CLUSTERS), *unlearned(acts, labels, source, self.config)]
+        found = [self.clvqvae, *(self.clusters(how) for how in CLUSTERS), *reference_concepts(acts, labels, source, self.config)]
         if source != target:
             found += [self.trained((source, source)), self.trained((target, target))]
         found += [part for neurons, top_k in SAES for part in self.sae(neurons, self.config.sae_top_k if top_k else 0)]
@@ -4136,7 +4190,7 @@ class Pipeline:
             labels = torch.tensor(self.train["label"].to_numpy())
             methods: list[Concepts] = []
             for layer in range(1, self.model_config.num_hidden_layers + 1):
-                methods += [clusters(trial.train, layer, "random", self.config), *unlearned(trial.train, labels, layer, self.config)]
+                methods += [clusters(trial.train, layer, "random", self.config), *reference_concepts(trial.train, labels, layer, self.config)]
             return shift_test(methods, trial, sizes=())
 
         return self.kept("layers", compute, ["shift_test"], self.config.bootstrap)
@@ -4231,8 +4285,8 @@ class Pipeline:
         for concept in chosen.tolist():
             rows = (codes == concept).nonzero()[:, 0]                                       # none, if only other texts have it
             with torch.no_grad():
-                z = model.encoder(train.states[layer][rows].to(model.vectors.device).float())
-            order = (z - model.vectors[concept]).norm(dim=1).argsort().cpu()
+                z = model.encoder(train.states[layer][rows].to(model.device).float()).cpu()
+            order = (z - model.vectors[concept]).norm(dim=1).argsort()
             near = train.tokens.iloc[rows[order].numpy()].drop_duplicates("sentence").head(examples)
             found[concept] = [mark(self.train["text"][sentence], word, summary) for sentence, word, summary in
                               zip(near["sentence"], near["word"], near["is_summary"], strict=True)]

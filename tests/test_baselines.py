@@ -315,7 +315,7 @@ def test_layers_of_unlike_width_can_be_crossed():
 @pytest.mark.parametrize("n_codes", [5, 50])
 def test_principal_components_are_scikit_learns(tiny_acts, n_codes):
     x = tiny_acts.states[0].float()
-    _, components, _ = clvq.unlearned(tiny_acts, torch.arange(60) % 2, 0, settings(n_codes=n_codes))
+    _, components, _ = clvq.reference_concepts(tiny_acts, torch.arange(60) % 2, 0, settings(n_codes=n_codes))
     theirs = torch.from_numpy(PCA(min(n_codes, 32)).fit(x.double().numpy()).components_).float()
     assert components.vectors.shape == theirs.shape and components.directions and components.layer == 0
     sign = (components.vectors * theirs).sum(1, keepdim=True).sign()
@@ -324,7 +324,7 @@ def test_principal_components_are_scikit_learns(tiny_acts, n_codes):
 
 def test_a_state_has_the_component_along_which_it_deviates_most_in_standard_deviations(tiny_acts):
     x = tiny_acts.states[1].float()
-    _, components, _ = clvq.unlearned(tiny_acts, torch.arange(60) % 2, 1, settings(n_codes=6))
+    _, components, _ = clvq.reference_concepts(tiny_acts, torch.arange(60) % 2, 1, settings(n_codes=6))
     whitened = np.abs(PCA(6, whiten=True).fit_transform(x.double().numpy()))
     best = np.sort(whitened, 1)
     clear = best[:, -1] - best[:, -2] > 1e-3
@@ -337,7 +337,7 @@ def test_components_of_a_case_worked_by_hand(tiny_acts):
     square = torch.tensor([[9.0, 1.0], [1.0, 1.0], [5.0, 2.0], [5.0, 0.0]])
     tokens = tiny_acts.tokens.iloc[:4].assign(is_summary=[True, False, True, False])
     acts = clvq.Activations({0: square}, torch.tensor([0, 2, 4]), tokens, {})
-    _, components, classes = clvq.unlearned(acts, torch.tensor([0, 1]), 0, settings(n_codes=2, top_k=1))
+    _, components, classes = clvq.reference_concepts(acts, torch.tensor([0, 1]), 0, settings(n_codes=2, top_k=1))
     torch.testing.assert_close(components.vectors.abs(), torch.eye(2))
     # (8, 3): 3 / 3.27 along the first, 2 / 0.82 along the second; (0, 1.5): 5 / 3.27 and 0.5 / 0.82; to the left is as far as to the right
     assert components.assign(torch.tensor([[8.0, 3.0], [0.0, 1.5], [10.0, 1.5]])).tolist() == [1, 0, 0]
@@ -348,7 +348,7 @@ def test_components_of_a_case_worked_by_hand(tiny_acts):
 
 def test_class_means_are_each_classs_summaries_less_those_of_the_others(tiny_acts):
     labels = torch.arange(60) % 3
-    _, _, classes = clvq.unlearned(tiny_acts, labels, 0, settings())
+    _, _, classes = clvq.reference_concepts(tiny_acts, labels, 0, settings())
     h = tiny_acts.states[0].float().numpy()[tiny_acts.tokens["is_summary"].to_numpy()]
     y = labels.numpy()
     expected = np.stack([h[y == c].mean(0) - h[y != c].mean(0) for c in range(3)])
@@ -361,13 +361,13 @@ def test_class_means_are_each_classs_summaries_less_those_of_the_others(tiny_act
 def test_random_codes_are_gaussian_with_the_mean_and_deviations_of_the_states(tiny_acts):
     acts = replace(tiny_acts, states={0: tiny_acts.states[0] * torch.linspace(0.1, 3, 32) + torch.linspace(-5, 5, 32)})
     x = acts.states[0].float()
-    codes = clvq.unlearned(acts, torch.arange(60) % 2, 0, settings(n_codes=20_000))[0]
+    codes = clvq.reference_concepts(acts, torch.arange(60) % 2, 0, settings(n_codes=20_000))[0]
     assert not codes.directions and codes.vectors.shape == (20_000, 32)
     standard = (codes.vectors - x.mean(0)) / x.std(0)
     assert standard.mean(0).abs().max() < 4 / 20_000**0.5 and (standard.std(0) - 1).abs().max() < 0.02
     assert scipy.stats.kstest(standard.flatten()[::10].numpy(), "norm").pvalue > 1e-3
-    again, other = (clvq.unlearned(acts, torch.arange(60) % 2, 0, settings(n_codes=9, seed=s))[0].vectors for s in (42, 1))
-    assert torch.equal(again, clvq.unlearned(acts, torch.arange(60) % 2, 0, settings(n_codes=9))[0].vectors)
+    again, other = (clvq.reference_concepts(acts, torch.arange(60) % 2, 0, settings(n_codes=9, seed=s))[0].vectors for s in (42, 1))
+    assert torch.equal(again, clvq.reference_concepts(acts, torch.arange(60) % 2, 0, settings(n_codes=9))[0].vectors)
     assert not torch.allclose(again, other)
 
 
@@ -378,7 +378,7 @@ def test_every_method_has_what_the_tests_of_faithfulness_ask_of_it(tiny_acts, ti
     config = replace(tiny_config, epochs=1)
     learned = [clvq.train(tiny_acts, config, layers)[0] for layers in ((0, 1), (0, 0), (1, 1))]
     clustered = [clvq.clusters(tiny_acts, 0, how, config) for how in clvq.CLUSTERS]
-    unlearned, rows = clvq.unlearned(tiny_acts, torch.arange(60) % 2, 0, config), clvq.sae_concepts(topk, LAYERS, "SAE", config, {})
+    unlearned, rows = clvq.reference_concepts(tiny_acts, torch.arange(60) % 2, 0, config), clvq.sae_concepts(topk, LAYERS, "SAE", config, {})
     methods = [*learned, *clustered, *unlearned, *rows]
     assert [method.name for method in learned] == ["CLVQ-VAE", "single-layer VQ-VAE, layer 0", "single-layer VQ-VAE, layer 1"]
     assert len({method.name for method in methods}) == len(methods)

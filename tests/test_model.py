@@ -122,17 +122,17 @@ def test_a_position_sees_the_memory_of_all_positions(tiny_acts):
 def test_sentences_share_lines_and_see_nothing_of_each_other(mask, longest, n):
     draw = torch.Generator().manual_seed(n)
     lengths = torch.randint(1, longest + 1, (n,), generator=draw)
-    layout, total = clvq.Layout.of(lengths, mask, torch.device("cpu")), int(lengths.sum())
+    layout, total = clvq.Layout.first_fit(lengths, mask, torch.device("cpu")), int(lengths.sum())
     assert math.prod(layout.shape) < 1.2 * total + 4 * 64  # little is empty
     x = torch.randn(total, 3, generator=draw)
     assert torch.equal(layout.pack(layout.pad(x)), x) and int((layout.pad(x) != 0).sum()) == x.numel()  # no two in one place
     line, place = layout.places // layout.shape[1], layout.places % layout.shape[1]
     sentence, position = torch.arange(n).repeat_interleave(lengths), torch.cat([torch.arange(size) for size in lengths])
     same = sentence[:, None] == sentence
-    assert torch.equal(layout.own[line[:, None], 0, place[:, None], place] & (line[:, None] == line), same)
+    assert torch.equal(layout.same_sentence[line[:, None], 0, place[:, None], place] & (line[:, None] == line), same)
     order = {"causal": position[:, None] >= position, "none": True, "anticausal": position[:, None] <= position}[mask]
-    assert torch.equal(layout.seen[line[:, None], 0, place[:, None], place] & (line[:, None] == line), same & order)
-    assert layout.seen.any(-1).all()  # an empty place too sees something, so that no softmax is undefined
+    assert torch.equal(layout.visible[line[:, None], 0, place[:, None], place] & (line[:, None] == line), same & order)
+    assert layout.visible.any(-1).all()  # an empty place too sees something, so that no softmax is undefined
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

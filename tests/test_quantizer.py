@@ -373,7 +373,7 @@ def test_codes_are_learned_from_so_many_states_a_code_and_counted_over_all(monke
     seen = []
     kmeans = clvq.kmeans
     monkeypatch.setattr(clvq, "kmeans", lambda rows, *given: (seen.append(len(rows)), kmeans(rows, *given))[1])
-    monkeypatch.setattr(clvq, "POINTS", 30)
+    monkeypatch.setattr(clvq, "MAX_POINTS_PER_CODE", 30)
     codes, counts = clvq.start_codebook(x, settings, seed())
     assert seen == [600] and counts.sum() == 2000
     cosine = [(F.normalize(x) @ F.normalize(part).T).amax(1).mean() for part in (codes, whole)]
