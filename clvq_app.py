@@ -78,24 +78,25 @@ class Commands(TyperGroup):
                 raise
             if ctx.params["debug"]:
                 traceback.print_exc()
-            print(f"clvq: {sentence(error)}", file=sys.stderr)
-            raise typer.Exit(2 if is_ours(error) and isinstance(error, ValueError) else 1) from error
+            words, code = verdict(error)
+            print(f"clvq: {words}", file=sys.stderr)
+            raise typer.Exit(code) from error
 
 
-def is_ours(error: Exception) -> bool:
-    """Whether this project raised the error on purpose, and so chose its words."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).stem
-    return raised_in in ("clvq_app", "clvq_core") and isinstance(error, ValueError | RuntimeError | FloatingPointError)
+def verdict(error: Exception) -> tuple[str, int]:
+    """The sentence that tells the user what went wrong, and the exit code.
 
-
-def sentence(error: Exception) -> str:
-    """What to tell the user: our own words, the system's, or that a library failed and how to see where."""
+    Our own words and the system's stand as they are. For anything else, the sentence says which library failed.
+    """
     words = next(iter(str(error).splitlines()), type(error).__name__)
-    if is_ours(error) or isinstance(error, OSError):
-        return words
     parts = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
     raised_in = parts[parts.index("site-packages") + 1] if "site-packages" in parts else parts[-1]
-    return f"unexpected {type(error).__name__} in {raised_in}: {words} (clvq --debug COMMAND … shows the traceback)"
+    if raised_in in ("clvq_app.py", "clvq_core.py") and isinstance(error, ValueError | RuntimeError | ArithmeticError):
+        return words, 2 if isinstance(error, ValueError) else 1
+    if isinstance(error, OSError):
+        return words, 1
+    hint = "(clvq --debug COMMAND … shows the traceback)"
+    return f"unexpected {type(error).__name__} in {raised_in}: {words} {hint}", 1
 
 
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -399,15 +400,13 @@ def cache_folder() -> Path:
 
 
 def step_folders(cache: Path) -> list[Path]:
-    """The folders directly in the cache that this project made, finished or not."""
-    folders = sorted(cache.iterdir()) if cache.is_dir() else []
-    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink() and has_record(folder)]
+    """The folders directly in the cache that bear a step's record (finished) or marker (not finished)."""
+    folders = [path for path in (sorted(cache.iterdir()) if cache.is_dir() else []) if not path.is_symlink()]
+    return [folder for folder in folders if (folder / ".clvq-step").is_file() or has_record(folder)]
 
 
 def has_record(folder: Path) -> bool:
-    """Whether a folder has the record of a finished step (with clvq and step) or the marker of an unfinished one."""
-    if (folder / ".clvq-step").is_file():
-        return True
+    """Whether a folder has the record that this project writes into a finished step."""
     try:
         record = json.loads((folder / "environment.json").read_text("utf8"))
     except (OSError, ValueError):
@@ -424,10 +423,8 @@ def is_being_made(step: Path) -> bool:
     """Whether a process is making this step right now."""
     from filelock import FileLock, Timeout
 
-    if not lock_of(step).exists():
-        return False
     try:
-        with FileLock(lock_of(step), timeout=0):
+        with FileLock(lock_of(step), timeout=0) if lock_of(step).exists() else contextlib.nullcontext():
             return False
     except Timeout:
         return True
@@ -582,14 +579,14 @@ class RatingPage:
         known = parse_qs(query).get("rater", []) + re.findall(rf"\b{self.store.name}=([\w-]+)", cookies)
         for token in known:
             with contextlib.suppress(ValueError):                               # mistyped, or of another study
-                return self.resume(token)
+                return self.enter(token)
         self.show_welcome()
 
-    def resume(self, token: str) -> None:
-        """Go on with the first item that this rater has not answered. ValueError for a token that nobody has."""
+    def enter(self, token: str, practice: bool = False) -> None:
+        """Show a rater the first item without an answer, or the practice. ValueError for a token that nobody has."""
         self.order, answered = self.store.order(token), self.store.answers_of(token)
-        self.token = token
-        self.place = next((place for place, item in enumerate(self.order) if item not in answered), len(self.order))
+        first = next((place for place, item in enumerate(self.order) if item not in answered), len(self.order))
+        self.token, self.place = token, -1 if practice else first
         self.remember()
         self.show_item()
 
@@ -619,13 +616,9 @@ class RatingPage:
         if self.token:
             return
         try:
-            self.token = self.store.join()
+            self.enter(self.store.join(), practice=True)
         except ValueError:
             self.page.children = [self.widgets.HTML(FULL)]
-            return
-        self.order, self.place = self.store.order(self.token), -1
-        self.remember()
-        self.show_item()
 
     def show_item(self) -> None:
         """One cloud and its two questions, or the end."""

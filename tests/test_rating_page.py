@@ -153,6 +153,21 @@ def test_two_raters_at_once_one_closed_the_server_killed_and_every_answer_there(
     assert set(found.index) == {"CLVQ-VAE", "Ward clusters"} and (found["raters"] == 2).all() and found["aligned"].between(0, 1).all()
 
 
+def test_a_browser_that_comes_back_without_its_address_goes_on_as_the_same_rater(tmp_path, browser):
+    study, port = write_study(tmp_path / "study", sentences=2), free_port()
+    with served(study, port):
+        page, _ = opened(browser, f"http://localhost:{port}/")
+        begin(page)
+        at(page, 1)
+        rate(page, "positive", 8)
+        at(page, 2)
+        address = page.url
+        page.goto(f"http://localhost:{port}/", timeout=WAIT)
+        at(page, 2)
+        page.wait_for_function("address => location.href === address", arg=address)
+    assert clvq.study_answers(study)["rater"].tolist() == [1]
+
+
 @contextlib.contextmanager
 def welcomed(folder, browser, query=""):
     """A study and the page that greets who comes to its address with this query."""
