@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import html
-import importlib.metadata
 import importlib.util
 import itertools
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import sqlite3
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
@@ -38,14 +40,15 @@ if TYPE_CHECKING:
 # ======================================================================================================
 # 1 Command line
 # ======================================================================================================
-SCALES = Literal["smoke", "laptop", "paper", "authors"]
+Scale = Literal["smoke", "laptop", "paper", "authors"]
 """The names of `clvq_core.PRESETS`, listed here so that help need not import the core."""
+Pairs = Annotated[list[str] | None, Option("-p", metavar="NAME VALUE", help="Set a parameter (repeatable).")]
 PAIRED = ("-p", "--where", "--resource")
 """Options that take two words, a name and a value."""
 
 
 def join_pairs(words: Iterable[str]) -> list[str]:
-    """The command line with each name and value as one word, NAME=VALUE: a repeatable option of typer takes one word."""
+    """The command line with each name and value as one word, NAME=VALUE, since typer's lists take one word each."""
     rest, joined = iter(words), []
     for word in rest:
         joined.append(word)
@@ -55,53 +58,49 @@ def join_pairs(words: Iterable[str]) -> list[str]:
 
 
 def read_pairs(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """Names with their values, read as numbers, true, false or none where they look like one."""
+    """Names with their values, which are read as numbers, true, false or none where they look like one."""
+    if bare := [pair for pair in pairs or () if "=" not in pair]:
+        raise ValueError(f"{bare[0]!r} has no value: {', '.join(PAIRED)} take a name and a value, such as -p seed 1")
     from clvq_core import parse_value
 
-    for pair in pairs or ():
-        if "=" not in pair:
-            raise ValueError(f"{pair!r} has no value: {', '.join(PAIRED)} take a name and a value, such as -p seed 1")
     return {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs or ())}
 
 
 class Commands(TyperGroup):
-    """The commands, each of which ends in an exit code and at most one sentence on stderr."""
+    """The commands, each of which ends with an exit code and, if it fails, one sentence on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; turn an exception into its sentence, after the traceback with ``--debug``."""
         try:
             return super().invoke(ctx)
-        except (RuntimeError, ValueError, OSError, ArithmeticError, LookupError, TypeError, ImportError) as error:
-            if isinstance(error, typer.Exit | typer.Abort):
+        except Exception as error:
+            if type(error).__module__.startswith(("click", "typer")):           # help, or a wrong option
                 raise
             if ctx.params["debug"]:
                 traceback.print_exc()
-            print(f"clvq: {sentence(error)}", file=sys.stderr)
-            raise typer.Exit(2 if is_ours(error) and isinstance(error, ValueError) else 1) from error
+            words, code = verdict(error)
+            print(f"clvq: {words}", file=sys.stderr)
+            raise typer.Exit(code) from error
 
 
-def is_ours(error: BaseException) -> bool:
-    """Whether this project raised the error itself, and so chose its words."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).stem
-    return raised_in in ("clvq_app", "clvq_core") and isinstance(error, ValueError | RuntimeError | ArithmeticError)
+def verdict(error: Exception) -> tuple[str, int]:
+    """The sentence that tells the user what went wrong, and the exit code.
 
-
-def sentence(error: BaseException) -> str:
-    """What to tell the user: our own words, the system's, or that a library failed and how to see where."""
-    words = next(iter(str(error).splitlines()), "")
-    if is_ours(error) or isinstance(error, OSError):
-        return words or type(error).__name__
-    frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    library = next((path.parts[path.parts.index("site-packages") + 1] for path in reversed(frames)
-                    if "site-packages" in path.parts), frames[-1].stem)
-    return f"unexpected {type(error).__name__} in {library}: {words} (clvq --debug COMMAND … shows the traceback)"
+    Our own words and the system's stand as they are. For anything else, the sentence says which library failed.
+    """
+    words = next(iter(str(error).splitlines()), type(error).__name__)
+    parts = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    raised_in = parts[parts.index("site-packages") + 1] if "site-packages" in parts else parts[-1]
+    if raised_in in ("clvq_app.py", "clvq_core.py") and isinstance(error, ValueError | RuntimeError | ArithmeticError):
+        return words, 2 if isinstance(error, ValueError) else 1
+    if isinstance(error, OSError):
+        return words, 1
+    hint = "(clvq --debug COMMAND … shows the traceback)"
+    return f"unexpected {type(error).__name__} in {raised_in}: {words} {hint}", 1
 
 
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
-
-Parameters = Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="Set a parameter (repeatable).")]
-Scale = Annotated[SCALES, typer.Option(help="Size of everything.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,29 +115,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show_version(wanted: bool) -> None:
     """Print the version and stop."""
     if wanted:
-        try:
-            print(importlib.metadata.version("clvq"))
-        except importlib.metadata.PackageNotFoundError:                         # a copy of the two files
-            from clvq_core import __version__
-            print(__version__)
+        from clvq_core import __version__
+
+        print(__version__)
         raise typer.Exit()
 
 
 @app.callback()
-def options_of_all(
-    debug: Annotated[bool, typer.Option("--debug", envvar="CLVQ_DEBUG", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False,
+def common(
+    debug: Annotated[bool, Option("--debug", envvar="CLVQ_DEBUG", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, Option(callback=show_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Discrete concepts between two layers of a language model."""
 
 
 @app.command()
 def run(
-    notebooks: Annotated[list[Path], typer.Argument(metavar="NOTEBOOK...")],
-    scale: Annotated[SCALES | None, typer.Option(help="Size of everything (default: $CLVQ_SCALE, else smoke).")] = None,
-    parameters: Parameters = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder, or an .ipynb file for one notebook.")] = Path("runs"),
-    timeout: Annotated[int, typer.Option(help="Seconds that a cell may take.")] = 7200,
+    notebooks: list[Path],
+    scale: Annotated[Scale | None, Option(help="Size of everything (default: $CLVQ_SCALE, else smoke).")] = None,
+    parameters: Pairs = None,
+    output: Annotated[Path, Option("-o", "--output", help="Folder, or one notebook's .ipynb file.")] = Path("runs"),
+    timeout: Annotated[int, Option(help="Seconds that a cell may take.")] = 7200,
 ) -> None:
     """Run notebooks with papermill, after checking their parameters.
 
@@ -163,21 +160,19 @@ def run(
 
 @app.command()
 def sweep(
-    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs, their cost, and which are done.")] = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the results (default: sweeps/NAME of the "
-                                                "file).")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes on this machine; 0: only this one (default: one per core; 0 "
-                                                "on a GPU).")] = None,
-    scheduler: Annotated[str, typer.Option(metavar="ADDRESS", help="A running dask scheduler to use instead of "
-                                           "--workers.")] = "",
-    threads: Annotated[int | None, typer.Option(help="Threads of each run (default: its share of the cores; on a cluster, the "
-                                                "worker's).")] = None,
-    resources: Annotated[list[str] | None, typer.Option("--resource", metavar="NAME AMOUNT", help="What a run needs from a "
-                                                        "worker, such as GPU 1 (repeatable).")] = None,
-    retries: Annotated[int, typer.Option(help="How often a failed run is tried again at once.")] = 1,
+    grid: Annotated[Path, Argument(metavar="GRID.yaml")],
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the runs, their cost, and which are done.")] = False,
+    output: Annotated[Path | None, Option("-o", "--output", help="Folder (default: sweeps/NAME of the file).")] = None,
+    workers: Annotated[int | None, Option(help="Processes (default: one per core); 0 for none but this one.")] = None,
+    scheduler: Annotated[str, Option(metavar="ADDRESS", help="A dask scheduler to use instead of --workers.")] = "",
+    threads: Annotated[int | None, Option(help="Threads of each run (default: its share, or the worker's).")] = None,
+    resources: Annotated[list[str] | None, Option("--resource", metavar="NAME AMOUNT",
+                                                  help="What a run needs from a worker, such as GPU 1.")] = None,
+    retries: Annotated[int, Option(help="How often a failed run is tried again at once.")] = 1,
 ) -> None:
-    """Train, or run a notebook, with many settings: all runs of a YAML file that are not done yet.
+    """Train, or run a notebook, with many settings.
+
+    Does all runs of a YAML file that are not done yet, and those that failed once more.
 
     \b
     a file:
@@ -227,14 +222,15 @@ def print_plan(runs: dict[str, Any], folder: Path, workers: int) -> None:
 
 
 def seconds_per_gflop(folder: Path) -> float:
-    """How long a training takes for its arithmetic: in a sweep's finished runs or, before there are any, by `speed`."""
+    """How long a training takes for its arithmetic: as in the sweep's finished runs; without any, by `speed`."""
     import pandas as pd
 
     import clvq_core as core
 
     if (folder / "sweep.json").exists() and len(results := core.sweep_results(folder)):
         taken = results[results["metric"] == "training_seconds"].set_index("run")["value"]
-        cost = {name: core.Pipeline(run.config).cost["gflop"] for name, run in core.sweep_runs(folder).items() if name in taken}
+        done = {name: run for name, run in core.sweep_runs(folder).items() if name in taken}
+        cost = {name: core.Pipeline(run.config).cost["gflop"] for name, run in done.items()}
         return float((taken / pd.Series(cost)).median())
     return 1e9 / core.speed()
 
@@ -260,11 +256,10 @@ def print_results(results: pd.DataFrame, metrics: Sequence[str] = ()) -> None:
 
 @app.command("results")
 def show_results(
-    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep's folder.")],
-    where: Annotated[list[str] | None, typer.Option(metavar="NAME VALUE", help="Only runs with this setting "
-                                                    "(repeatable).")] = None,
-    metric: Annotated[list[str] | None, typer.Option(help="Show this metric (repeatable).")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write all measurements to this file instead.")] = None,
+    sweep: Annotated[Path, Argument(help="The sweep's folder.")],
+    where: Annotated[list[str] | None, Option(metavar="NAME VALUE", help="Only runs with this setting.")] = None,
+    metric: Annotated[list[str] | None, Option(help="Show this metric (repeatable).")] = None,
+    csv: Annotated[Path | None, Option(help="Write all measurements to this file instead.")] = None,
 ) -> None:
     """Print, filter or export the results of a sweep.
 
@@ -296,17 +291,18 @@ def show_results(
 
 @app.command()
 def explain(
-    text: Annotated[str, typer.Argument(help="The text, in quotes.")],
-    model: Annotated[str | None, typer.Option(help="minilm, smollm2, a folder, or an id on the Hub (default: minilm).")] = None,
-    data: Annotated[str | None, typer.Option(help="What the model was trained on or is to be: movies, news, a file, … "
-                                             "(default: movies).")] = None,
-    scale: Scale = "laptop",
-    top: Annotated[int, typer.Option(help="How many concepts.")] = 5,
-    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
-    parameters: Parameters = None,
+    text: Annotated[str, Argument(help="The text, in quotes.")],
+    model: Annotated[str | None, Option(help="minilm, smollm2, a folder, or an id on the Hub.")] = None,
+    data: Annotated[str | None, Option(help="What it was, or will be, trained on: movies, news, a file, …")] = None,
+    scale: Annotated[Scale, Option(help="Size of everything.")] = "laptop",
+    top: Annotated[int, Option(help="How many concepts.")] = 5,
+    page: Annotated[Path | None, Option("--html", metavar="FILE", help="Also write a page.")] = None,
+    parameters: Pairs = None,
 ) -> None:
-    """Show the concepts behind a model's answer to a text: its class, the words that decided it, their concepts, and
-    what changes without them. The first call trains what it needs; later ones take seconds.
+    """Show the concepts behind a model's answer to a text.
+
+    Prints the text's class, the words that decided it, their concepts, and what changes without them. The first call
+    trains what it needs; later ones take seconds.
 
     \b
     examples:
@@ -325,21 +321,21 @@ def explain(
 
 @app.command()
 def annotate(
-    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of the study.")],
-    methods: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="Repeatable (default: CLVQ-VAE and Ward "
-                                                      "clusters).")] = None,
-    sentences: Annotated[int, typer.Option(help="How many sentences; the paper has 19.")] = 19,
-    scale: Scale = "laptop",
-    make_only: Annotated[bool, typer.Option("--make-only", help="Make the study but serve nothing.")] = False,
-    port: Annotated[int, typer.Option(help="Port of the page.")] = 8866,
-    ip: Annotated[str, typer.Option(help="Address to serve at; localhost is this machine alone.")] = "localhost",
-    most_raters: Annotated[int, typer.Option(min=1, help="How many raters the study takes.")] = 200,
-    most_visitors: Annotated[int, typer.Option(min=1, help="How many can have the page open at a time; each takes a process "
-                                               "of about 80 MiB.")] = 20,
-    parameters: Parameters = None,
+    study: Annotated[Path, Argument(help="Folder of the study.")],
+    methods: Annotated[list[str] | None, Option("--method", help="Repeatable: CLVQ-VAE, Ward clusters, …")] = None,
+    sentences: Annotated[int, Option(help="How many sentences; the paper has 19.")] = 19,
+    scale: Annotated[Scale, Option(help="Size of everything.")] = "laptop",
+    make_only: Annotated[bool, Option("--make-only", help="Make the study but serve nothing.")] = False,
+    port: Annotated[int, Option(help="Port of the page.")] = 8866,
+    ip: Annotated[str, Option(help="Address to serve at; localhost is this machine alone.")] = "localhost",
+    most_raters: Annotated[int, Option(min=1, help="How many raters the study takes.")] = 200,
+    most_visitors: Annotated[int, Option(min=1, help="How many can have the page open at a time, 80 MiB each.")] = 20,
+    parameters: Pairs = None,
 ) -> None:
-    """Let people say what concepts mean: serve a study's rating page. A study that does not exist yet is made first, of
-    sentences that the model gets right and wrong in equal parts, with the concepts of two or more methods.
+    """Let people say what concepts mean.
+
+    Serves a study's rating page. A study that does not exist yet is made first, of sentences that the model gets right
+    and wrong in equal parts, with the concepts of two or more methods (default: CLVQ-VAE and Ward clusters).
 
     \b
     examples:
@@ -366,24 +362,22 @@ def annotate(
 def info() -> None:
     """Show the cache, versions and device."""
     cache = cache_folder()
-    print_facts({"cache": cache, "cached steps": len(step_folders(cache)), "cache size": f"{size_of(cache) / 2**20:,.0f} MiB"})
-    from clvq_core import environment  # takes seconds: after what is known at once
+    steps, size = step_folders(cache), size_of(cache) / 2**20
+    print(f"cache          {cache}: {len(steps)} steps, {size:,.0f} MiB", flush=True)
+    from clvq_core import environment  # takes seconds, so it comes last
 
-    print_facts(environment())
-
-
-def print_facts(facts: dict[str, Any]) -> None:
-    """A line for each fact."""
-    for name, value in facts.items():
-        print(f"{name:14} {value}", flush=True)
+    for name, value in environment().items():
+        print(f"{name:14} {value}")
 
 
 @app.command()
 def clean(
-    older_than: Annotated[float, typer.Option(metavar="DAYS", help="Only steps that were made this long ago.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")] = False,
+    older_than: Annotated[float, Option(metavar="DAYS", help="Only steps that were made this long ago.")] = 0,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be removed.")] = False,
 ) -> None:
-    """Remove cached steps, and nothing else: only folders that bear the record which this project writes.
+    """Remove cached steps.
+
+    Only folders that bear the record which this project writes are removed, whatever else the cache's folder holds.
 
     \b
     examples:
@@ -406,15 +400,13 @@ def cache_folder() -> Path:
 
 
 def step_folders(cache: Path) -> list[Path]:
-    """The folders directly in the cache that this project made, finished or not."""
-    folders = sorted(cache.iterdir()) if cache.is_dir() else []
-    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink() and has_record(folder)]
+    """The folders directly in the cache that bear a step's record (finished) or marker (not finished)."""
+    folders = [path for path in (sorted(cache.iterdir()) if cache.is_dir() else []) if not path.is_symlink()]
+    return [folder for folder in folders if (folder / ".clvq-step").is_file() or has_record(folder)]
 
 
 def has_record(folder: Path) -> bool:
-    """Whether a folder has a finished step's record (environment.json with clvq and step) or an unfinished one's marker."""
-    if (folder / ".clvq-step").is_file():
-        return True
+    """Whether a folder has the record that this project writes into a finished step."""
     try:
         record = json.loads((folder / "environment.json").read_text("utf8"))
     except (OSError, ValueError):
@@ -431,10 +423,8 @@ def is_being_made(step: Path) -> bool:
     """Whether a process is making this step right now."""
     from filelock import FileLock, Timeout
 
-    if not lock_of(step).exists():
-        return False
     try:
-        with FileLock(lock_of(step), timeout=0):
+        with FileLock(lock_of(step), timeout=0) if lock_of(step).exists() else contextlib.nullcontext():
             return False
     except Timeout:
         return True
@@ -471,7 +461,8 @@ class AnswerStore:
         path = folder / "study.json"
         if not path.exists():
             raise ValueError(f"{folder} is no study: it has no study.json (clvq annotate makes one)")
-        study = json.loads(path.read_text("utf8"))
+        study = json.loads(content := path.read_text("utf8"))
+        self.name = f"clvq-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
         self.folder, self.most_raters = folder, most_raters
         self.classes, self.seed, self.practice = study["classes"], study["seed"], study["practice"]
         self.items = {item["id"]: item for item in study["items"]}
@@ -566,7 +557,6 @@ CONSENT = "I am taking part voluntarily; my answers are stored without my name."
 FULL = "<h1>Thank you for your interest</h1><p>This study already has all the raters it needs.</p>"
 THANKS = "<h1>Thank you</h1><p>All your answers have been saved. You can close this page now.</p>"
 BUSY = "Many people are taking part right now. Please try again in a few minutes."
-COOKIE = "clvq-rater"
 
 
 class RatingPage:
@@ -577,7 +567,6 @@ class RatingPage:
     """
 
     def __init__(self, folder: Path, query: str = "", cookies: str = "", most_raters: int = 200) -> None:
-        from http.cookies import CookieError, SimpleCookie
         from urllib.parse import parse_qs
 
         import ipywidgets as widgets
@@ -587,27 +576,24 @@ class RatingPage:
         self.script, self.page = widgets.Output(), widgets.VBox()
         self.box = widgets.VBox([widgets.HTML(DARK_CSS), self.page, self.script],
                                 layout=widgets.Layout(max_width="44rem", margin="0 auto"))
-        jar: Any = {}
-        with contextlib.suppress(CookieError):
-            jar = SimpleCookie(cookies)
-        known = parse_qs(query).get("rater", []) + [jar[COOKIE].value for _ in [0] if COOKIE in jar]
+        known = parse_qs(query).get("rater", []) + re.findall(rf"\b{self.store.name}=([\w-]+)", cookies)
         for token in known:
             with contextlib.suppress(ValueError):                               # mistyped, or of another study
-                return self.resume(token)
+                return self.enter(token)
         self.show_welcome()
 
-    def resume(self, token: str) -> None:
-        """Go on with the first item that this rater has not answered. ValueError for a token that nobody has."""
+    def enter(self, token: str, practice: bool = False) -> None:
+        """Show a rater the first item without an answer, or the practice. ValueError for a token that nobody has."""
         self.order, answered = self.store.order(token), self.store.answers_of(token)
-        self.token = token
-        self.place = next((place for place, item in enumerate(self.order) if item not in answered), len(self.order))
+        first = next((place for place, item in enumerate(self.order) if item not in answered), len(self.order))
+        self.token, self.place = token, -1 if practice else first
         self.remember()
         self.show_item()
 
     def remember(self) -> None:
         """Put the rater's token into the page's address and a cookie of the browser."""
         code = (f'history.replaceState(null, "", "?rater={self.token}");'
-                f'document.cookie = "{COOKIE}={self.token}; path=/; max-age=31536000; samesite=lax"')
+                f'document.cookie = "{self.store.name}={self.token}; path=/; max-age=31536000; samesite=lax"')
         self.script.outputs = ({"output_type": "display_data", "metadata": {},
                                 "data": {"application/javascript": code, "text/plain": ""}},)
 
@@ -630,13 +616,9 @@ class RatingPage:
         if self.token:
             return
         try:
-            self.token = self.store.join()
+            self.enter(self.store.join(), practice=True)
         except ValueError:
             self.page.children = [self.widgets.HTML(FULL)]
-            return
-        self.order, self.place = self.store.order(self.token), -1
-        self.remember()
-        self.show_item()
 
     def show_item(self) -> None:
         """One cloud and its two questions, or the end."""
@@ -650,9 +632,10 @@ class RatingPage:
         label, confidence = ("", 0) if practice else self.store.answers_of(self.token).get(item, ("", 0))
         labels = widgets.ToggleButtons(options=classes, value=label or None, description="Class",
                                        style={"button_width": "8rem"})
-        degrees = widgets.ToggleButtons(options=[(str(degree), degree) for degree in range(1, 11)], value=confidence or None,
-                                        description="How confident are you, from 1 (just guessing) to 10 (certain)?",
-                                        style={"button_width": "2.2rem", "description_width": "initial"})
+        degrees = widgets.ToggleButtons(
+            options=[(str(degree), degree) for degree in range(1, 11)], value=confidence or None,
+            description="How confident are you, from 1 (just guessing) to 10 (certain)?",
+            style={"button_width": "2.2rem", "description_width": "initial"})
         notice, back = widgets.HTML(), self.button("Back", lambda: self.move(-1), style="", disabled=self.place < 1)
         forward = self.button("Next", lambda: self.move(1), disabled=not label)
 
@@ -671,8 +654,9 @@ class RatingPage:
         position = "Practice: this one does not count" if practice else f"{self.place + 1} of {len(self.order)}"
         progress = widgets.IntProgress(max(0, self.place), 0, len(self.order), layout={"width": "100%"})
         address = f'<p><small>To continue later: <a href="?rater={self.token}">the address of your page</a></small></p>'
-        self.page.children = [widgets.HTML(f"<p role='status'>{position}</p>"), progress, widgets.HTML(self.store.cloud(item)),
-                              labels, degrees, widgets.HBox([back, forward, notice]), widgets.HTML(address)]
+        self.page.children = [
+            widgets.HTML(f"<p role='status'>{position}</p>"), progress, widgets.HTML(self.store.cloud(item)),
+            labels, degrees, widgets.HBox([back, forward, notice]), widgets.HTML(address)]
 
     def move(self, by: int) -> None:
         """Show another item."""
@@ -697,8 +681,8 @@ def check_can_serve(port: int, ip: str) -> None:
         for listening in bind_sockets(port, ip):
             listening.close()
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"port {port} at {ip} cannot be used ({reason}): choose another with --port or --ip") from error
+        problem = f"port {port} at {ip} cannot be used ({error.strerror or error})"
+        raise ValueError(f"{problem}: choose another with --port or --ip") from error
 
 
 def serve(folder: Path, port: int, ip: str, most_raters: int, most_visitors: int) -> None:
@@ -710,11 +694,12 @@ def serve(folder: Path, port: int, ip: str, most_raters: int, most_visitors: int
 
     settings = Config()
     settings.Voila.update(ip=ip, port=port, port_retries=0, open_browser=False)
-    settings.VoilaConfiguration.update(strip_sources=True, show_tracebacks=False, http_header_envs=["Cookie"],
-                                       multi_kernel_manager_class=limited_kernels(most_visitors))
+    settings.VoilaConfiguration.update(
+        strip_sources=True, show_tracebacks=False, http_header_envs=["Cookie"],
+        multi_kernel_manager_class=limited_kernels(most_visitors))
     settings.MappingKernelManager.update(cull_idle_timeout=IDLE_SECONDS, cull_interval=60, cull_connected=True)
     cell = nbformat.v4.new_code_cell(RATING_CELL.format(folder=str(folder.resolve()), most_raters=most_raters))
-    here = str(Path(__file__).resolve().parent)                                 # where visitors' processes find this file
+    here = str(Path(__file__).resolve().parent)                                 # visitors' processes import this file
     os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as place:
         page = Path(place) / "rate.ipynb"
@@ -738,7 +723,7 @@ def limited_kernels(most: int) -> type:
 
         async def start_kernel(self, **options: Any) -> str:                    # type: ignore[override]
             if len(self.starting | set(self.list_kernel_ids())) >= most:
-                raise HTTPError(503, BUSY, reason="The page is busy")
+                raise HTTPError(503, reason=BUSY)
             kernel = str(uuid4())
             self.starting |= {kernel}
             try:
@@ -753,7 +738,8 @@ def limited_kernels(most: int) -> type:
 # 3 Card, report and explorer
 # ======================================================================================================
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ title }}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
 <style>
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
@@ -776,7 +762,8 @@ EXPLORER = """<p>{{ about }}</p><script>{{ plotly | safe }}</script>{{ map | saf
 <script type="application/json" id="details">{{ details | tojson }}</script><script>{{ script | safe }}</script>"""
 OPEN_CONCEPT = """
 const details = JSON.parse(document.getElementById("details").textContent), panel = document.getElementById("concept");
-const add = (parent, tag, content) => parent.appendChild(Object.assign(document.createElement(tag), {textContent: content}));
+const make = (tag, content) => Object.assign(document.createElement(tag), {textContent: content});
+const add = (parent, tag, content) => parent.appendChild(make(tag, content));
 function show(name) {
     const concept = details[name];
     if (!concept) return;
@@ -852,18 +839,19 @@ def write_report(pipeline: Pipeline, path: Path, most: int = 100) -> Path:
 
     top, (source, target) = pipeline.report.head(most), pipeline.layers
     bounds = zip(top["effect"], top["effect_low"], top["effect_high"], strict=True)
-    effects = [f"{mean:+.4f}" + ("" if math.isnan(low) else f" ({low:+.4f} to {high:+.4f})") for mean, low, high in bounds]
+    effects = [f"{mean:+.4f}" + ("" if math.isnan(low) else f" ({low:+.4f} to {high:+.4f})")
+               for mean, low, high in bounds]
     table = pd.DataFrame({
         "concept": top["concept"].map("#{}".format), "words": top["words"], "sentences": top["sentences"],
         "effect (95 % interval)": effects, "class": of_class(top["label"], top["purity"]),
         "answers changed": top["flipped"].map("{:.1%}".format),
         "stability": top["stability"].map("{:.2f}".format).replace("nan", "–"),
         "training text": top["examples"].map(" | ".join)})
-    about = (f"Layers {source} to {target}. The classifier is right on {pipeline.accuracy:.3f} of {len(pipeline.test):,} "
-             "sentences. Effect: how the probability of the model's own answer changes when the concept is removed, "
-             "around the mean, from each position of the sentences that have it, compared with removing random concepts "
-             "from the same sentences. Class: the class of most of the concept's states. Stability: how closely the "
-             "concept comes back with other seeds (1: exactly).")
+    about = (f"Layers {source} to {target}. The classifier is right on {pipeline.accuracy:.3f} of "
+             f"{len(pipeline.test):,} sentences. Effect: how the probability of the model's own answer changes when "
+             "the concept is removed, around the mean, from each position of the sentences that have it, compared with "
+             "removing random concepts from the same sentences. Class: the class of most of the concept's states. "
+             "Stability: how closely the concept comes back with other seeds (1: exactly).")
     return write_page(path, f"Concepts of {name_of(pipeline)}", render(REPORT, about=about, table=table))
 
 
@@ -904,7 +892,7 @@ def first_words(words: str) -> str:
 
 
 def codebook_figure(table: pd.DataFrame) -> Any:
-    """The map: a point per concept, as large as it has states, coloured by class. Plotly reads markup, so it is escaped."""
+    """The map: a point per concept, its size by states and its colour by class. Plotly reads markup: it is escaped."""
     import plotly.express as px
 
     from clvq_core import PALETTE
@@ -931,9 +919,11 @@ def concept_details(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
                       f"other answer in {row['flipped']:.1%}")
         if not math.isnan(row["stability"]):
             stability = f"{row['stability']:.2f}" + (" (unstable)" if row["stability"] < 0.5 else "")
-        facts = {"Words": row["words"], "Class of most states": f"{row['class']} ({row['purity']:.0%} of {row['states']:,})",
-                 "Effect on the model's answer": effect, "Comes back with other seeds": stability}
-        details[str(row["concept"])] = {"facts": facts, "examples": list(row["examples"]), "near": list(map(int, row["near"]))}
+        label = f"{row['class']} ({row['purity']:.0%} of {row['states']:,})"
+        facts = {"Words": row["words"], "Class of most states": label, "Effect on the model's answer": effect,
+                 "Comes back with other seeds": stability}
+        near = list(map(int, row["near"]))
+        details[str(row["concept"])] = {"facts": facts, "examples": list(row["examples"]), "near": near}
     return details
 
 

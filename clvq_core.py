@@ -4692,7 +4692,7 @@ PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}
 
 def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentences: int = 19, seed: int = 42,
                n_words: int = 20) -> Path:
-    """The paper's human evaluation (section 4.3) as a folder: what raters may see and, apart from it, what they must not.
+    """The paper's human evaluation (section 4.3) as a folder, in which what raters may see is apart from what not.
 
     For each sentence, sampled evenly over TP, TN, FP and FN, and each method there is an item: the words of the
     training text that have the concept of the sentence's most salient position, with their counts. Raters see
@@ -4743,7 +4743,7 @@ def write_study(folder: Path, classes: Sequence[str], seed: int, items: Sequence
 
 
 def read_study(folder: Path) -> dict[str, Any]:
-    """What raters may see of a study: classes, seed, practice, items (id, group, words). ValueError if there is none."""
+    """What raters may see of a study: classes, seed, practice, items (id, group, words). ValueError without one."""
     if not (folder / "study.json").exists():
         raise ValueError(f"{folder} is no study: it has no study.json (make_study or clvq annotate makes one)")
     return json.loads((folder / "study.json").read_text("utf8"))
@@ -4789,8 +4789,9 @@ def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> 
     bootstrap, Owen 2007). A rater drawn twice agrees with themselves, which makes agreement too high in every draw, so
     the draws are moved to have the estimate as their mean before their percentiles are taken.
     """
-    classes, kinds = (sorted(set(values)) for values in ([*answers["answer"], *answers["predicted"]], answers["outcome"]))
-    names = ["kappa", "alpha", "confidence", "aligned", "by_chance", "calibration", *(f"aligned {kind}" for kind in kinds)]
+    classes, kinds = sorted({*answers["answer"], *answers["predicted"]}), sorted(set(answers["outcome"]))
+    names = ["kappa", "alpha", "confidence", "aligned", "by_chance", "calibration"]
+    names += [f"aligned {kind}" for kind in kinds]
     rows = []
     for method, part in answers.groupby("method", sort=False):
         estimate, drawn = bootstrap_raters(part, classes, kinds, draws, seed)
@@ -4808,7 +4809,7 @@ def bootstrap_raters(answers: pd.DataFrame, classes: Sequence[str], kinds: Seque
     sure, aligned = answers["confidence"] > answers["confidence"].median(), answers["answer"] == answers["predicted"]
     (rater, raters), (item, items) = (pd.factorize(answers[name], sort=True) for name in ("rater", "item"))
     given = np.zeros((len(raters), len(items), len(classes)), int)
-    given[rater, item, pd.Index(classes).get_indexer(answers["answer"])] = 1                            # (R, I, C)
+    given[rater, item, np.searchsorted(classes, answers["answer"])] = 1                            # (R, I, C)
     sums = np.zeros((len(raters), len(items), 5))
     sums[rater, item] = np.column_stack([aligned | True, answers["confidence"], aligned, sure, aligned & sure])
     key = answers.groupby("item")[["predicted", "outcome"]].first().to_numpy()

@@ -94,12 +94,43 @@ def test_one_seed_leaves_stability_open(pipeline):
 
 
 def test_the_reports_page_needs_no_other_and_shows_text_as_text(pipeline, tmp_path):
-    pipeline.report.loc[0, "words"] = "<script>alert(1)</script>"
+    for column in ("words", "label"):
+        pipeline.report.loc[0, column] = "<script>alert(1)</script>"
+    pipeline.report.at[0, "examples"] = ["<script>alert(1)</script> «film»"]
     page = clvq_app.write_report(pipeline, tmp_path / "new" / "report.html", most=5).read_text("utf8")
     del pipeline.report
-    assert "<script" not in page and "&lt;script&gt;" in page and not re.search(r"https?://|src=|@import", page)
+    assert "<script" not in page and page.count("&lt;script&gt;") == 3 and not re.search(r"https?://|src=|@import", page)
     tables = pd.read_html(tmp_path / "new" / "report.html", flavor="lxml") if clvq.importlib.util.find_spec("lxml") else []
     assert page.count("<tr") == 6 and all(len(table) == 5 for table in tables)
+
+
+def test_the_explorers_table_has_each_concept_in_use_with_what_report_and_codebook_say_of_it(pipeline):
+    table, report = pipeline.explorer_table, pipeline.report.set_index("concept")
+    in_use = pipeline.concepts[pipeline.concepts["size"] > 0].set_index("concept")
+    assert table["concept"].tolist() == in_use.index.tolist() and table["states"].tolist() == in_use["size"].tolist()
+    vectors = pipeline.clvqvae.vectors.cpu().double()
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    for row in table.itertuples():
+        if row.concept in report.index:
+            assert row.effect == pytest.approx(report.loc[row.concept, "effect"], abs=1e-4)
+        else:
+            assert np.isnan(row.effect) and np.isnan(row.flipped)
+        similar = (unit @ unit[row.concept]).topk(6)[1].tolist()
+        assert set(row.near) == set(similar) - {row.concept}
+    assert np.isfinite(table[["x", "y"]]).all(axis=None) and len(table[["x", "y"]].drop_duplicates()) > len(table) / 2
+
+
+def test_the_explorers_page_shows_text_as_text(pipeline, tmp_path):
+    pipeline.explorer_table.loc[0, "words"] = "</script><script>alert(1)</script> ×2, film ×1"
+    page = clvq_app.write_explorer(pipeline, tmp_path / "explorer.html").read_text("utf8")
+    concepts = len(pipeline.explorer_table)
+    del pipeline.explorer_table
+    assert f"{concepts} concepts of " in page and "<script>alert" not in page and page.startswith("<!doctype html>")
+
+
+def test_an_explanations_page_shows_text_as_text(pipeline, tmp_path):
+    page = clvq_app.write_card(pipeline.explain("<script>dull</script> & overlong"), tmp_path / "card.html").read_text("utf8")
+    assert "<title>&lt;script&gt;dull&lt;/script&gt; &amp; overlong</title>" in page and "<script" not in page
 
 
 # --- single texts -------------------------------------------------------------------------------------------------

@@ -155,6 +155,83 @@ def test_a_folder_without_a_study_is_refused(refused, tmp_path):
             read(tmp_path)
 
 
+# --- a rater's page, without a browser --------------------------------------------------------------------------------
+
+
+def shown(page: clvq_app.RatingPage) -> str:
+    """All texts of the page."""
+    return "\n".join(str(widget.value) for widget in page.page.children if hasattr(widget, "value"))
+
+
+def joined(study: clvq_app.AnswerStore) -> int:
+    with study.database() as database:
+        return database.execute("SELECT count(*) FROM raters").fetchone()[0]
+
+
+def test_begin_pressed_again_and_again_makes_one_rater(study):
+    page = clvq_app.RatingPage(study.folder)
+    assert clvq_app.CONSENT in page.page.children[1].description and page.page.children[2].disabled
+    begin = page.page.children[2]
+    for _ in range(3):
+        begin.click()
+    assert joined(study) == 1 and "Practice" in shown(page) and "Word cloud: delicious 9" in shown(page)
+
+
+@pytest.mark.parametrize("answered", [0, 5, 12])
+def test_a_browser_that_has_a_token_goes_on_with_it_by_address_or_by_cookie(study, answered):
+    token = study.join()
+    for item in study.order(token)[:answered]:
+        study.save(token, item, "positive", 5)
+    for query, cookies in [(f"rater={token}", ""), ("", f"_xsrf=2|a; {study.name}={token}; b=c"), ("rater=x", f"{study.name}={token}")]:
+        page = clvq_app.RatingPage(study.folder, query, cookies)
+        assert page.token == token and page.place == answered and joined(study) == 1
+        (script,) = (output["data"]["application/javascript"] for output in page.script.outputs)
+        assert f"{study.name}={token}" in script and f"?rater={token}" in script
+        assert ("Thank you" if answered == 12 else f"{answered + 1} of 12") in shown(page)
+
+
+@pytest.mark.parametrize("query, cookies", [("", ""), ("rater=x", ""), ("rater=", "; =; clvq"), ("rater=%00'--", '"\\;=')])
+def test_any_other_browser_is_welcomed(study, query, cookies):
+    assert "What do these words tell you?" in shown(clvq_app.RatingPage(study.folder, query, cookies)) and joined(study) == 0
+
+
+def test_a_study_that_has_its_raters_says_so_and_one_who_answered_nothing_does_not_count(study):
+    def begun() -> str:
+        page = clvq_app.RatingPage(study.folder, most_raters=2)
+        page.begin()
+        return shown(page)
+
+    assert "Practice" in begun() and "Practice" in begun()
+    assert "already has all the raters" in begun() and joined(study) == 2
+    with study.database() as database:
+        database.execute("UPDATE raters SET joined = datetime('now', '-2 hours')")
+    assert study.count_raters() == 0 and clvq.study_answers(study.folder).empty
+    assert "Practice" in begun()  # the two have answered nothing and gone
+    for number in (1, 2):
+        with study.database() as database:
+            token = database.execute("SELECT token FROM raters WHERE number = ?", (number,)).fetchone()[0]
+        study.save(token, "0C", "positive", 5)
+    assert "already has all the raters" in begun() and study.count_raters() == 2
+
+
+def test_an_answer_is_saved_once_it_is_whole_and_the_practice_is_not_saved(study):
+    page = clvq_app.RatingPage(study.folder)
+    page.begin()
+    for _ in range(2):
+        labels, degrees, buttons = page.page.children[3:6]
+        labels.value = labels.options[0]
+        assert buttons.children[1].disabled
+        degrees.value = 7
+        buttons.children[1].click()
+    assert study.answers_of(page.token) == {page.order[0]: ("negative", 7)} and page.place == 1
+
+
+def test_what_stands_in_a_study_is_no_markup_on_the_page(tmp_path):
+    clvq.write_study(tmp_path, ["<b>", "b"], 0, [{"id": "a", "group": 0, "words": {'"><script>': 2}}], pd.DataFrame({"item": ["a"]}))
+    cloud = clvq_app.AnswerStore(tmp_path).cloud("a")
+    assert "<script" not in cloud and "&quot;&gt;&lt;script&gt; 2" in cloud and cloud.count("<") == 1
+
+
 # --- agreement --------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +274,27 @@ def test_alignment_is_with_the_models_prediction_overall_and_by_outcome():
 def test_raters_who_all_say_one_thing_have_no_agreement_beyond_chance():
     found = clvq.rater_agreement(rated([["1"] * 5] * 3), draws=5).iloc[0]
     assert math.isnan(found["kappa"]) and math.isnan(found["alpha"]) and found["aligned"] == 1
+
+
+@pytest.mark.parametrize("raters, items, spread", [(8, 30, (0.25, 0.05)), (20, 8, (0.05, 0.25)), (12, 12, (0.2, 0.2))])
+def test_intervals_hold_for_other_raters_and_other_items(raters, items, spread):
+    draw, covered, kappas = np.random.default_rng(0), 0, []
+    for _ in range(60):
+        chance = 0.6 + spread[0] * draw.uniform(-1, 1, (raters, 1)) + spread[1] * draw.uniform(-1, 1, items)
+        row = clvq.rater_agreement(rated((draw.random((raters, items)) < chance).astype(int).tolist()), draws=100).iloc[0]
+        covered += row["aligned_low"] <= 0.6 <= row["aligned_high"]
+        kappas.append(row[["kappa_low", "kappa", "kappa_high"]])
+    assert covered >= 54
+    low, kappa, high = np.mean(np.array(kappas, float), axis=0)
+    assert low < kappa < high and abs((low + high) / 2 - kappa) < 0.5 * (high - low)
+
+
+def test_raters_drawn_twice_do_not_raise_the_interval_of_agreement():
+    draw, kappas = np.random.default_rng(0), []
+    for _ in range(30):
+        row = clvq.rater_agreement(rated(draw.integers(0, 2, (5, 30)).tolist()), draws=100).iloc[0]
+        kappas.append(row["kappa_low"] <= 0 <= row["kappa_high"])
+    assert sum(kappas) >= 26
 
 
 # --- simulated raters, and how many are needed ------------------------------------------------------------------------

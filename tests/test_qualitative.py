@@ -192,6 +192,18 @@ def test_what_stands_in_the_data_is_no_markup_in_the_explorer():
     assert "(unstable)" in page and page.count("(unstable)") == 1 and "not in the evaluation sentences" in page
 
 
+def test_the_names_of_classes_are_no_markup_either():
+    table = explored().assign(**{"class": "</script><script>alert(1)</script><b>c</b>"})
+    page = clvq_app.explorer_html(table, "<script>alert(2)</script>")
+    assert "<script>alert" not in page and "<b>c" not in page
+
+
+def test_a_page_is_one_file_whose_title_is_text(tmp_path):
+    page = clvq_app.write_page(tmp_path / "new" / "page.html", "<i>a</i> & b", "<p>kept as it is</p>").read_text("utf8")
+    assert "<title>&lt;i&gt;a&lt;/i&gt; &amp; b</title>" in page and "<p>kept as it is</p>" in page
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 def test_the_explorer_is_searched_sorted_and_opened_by_mouse_and_keyboard_from_one_file_without_a_network(tmp_path):
     from playwright.sync_api import sync_playwright

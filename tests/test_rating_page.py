@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -28,9 +30,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def served(folder, port):
+def served(folder, port, *options):
     """`clvq annotate`, as a command; killed at the end with all its processes, without a word."""
-    command = [sys.executable, str(Path(clvq_app.__file__)), "annotate", str(folder), "--port", str(port)]
+    command = [sys.executable, str(Path(clvq_app.__file__)), "annotate", str(folder), "--port", str(port), *options]
     with open(folder / f"server-{time.time():.0f}.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -151,6 +153,21 @@ def test_two_raters_at_once_one_closed_the_server_killed_and_every_answer_there(
     assert set(found.index) == {"CLVQ-VAE", "Ward clusters"} and (found["raters"] == 2).all() and found["aligned"].between(0, 1).all()
 
 
+def test_a_browser_that_comes_back_without_its_address_goes_on_as_the_same_rater(tmp_path, browser):
+    study, port = write_study(tmp_path / "study", sentences=2), free_port()
+    with served(study, port):
+        page, _ = opened(browser, f"http://localhost:{port}/")
+        begin(page)
+        at(page, 1)
+        rate(page, "positive", 8)
+        at(page, 2)
+        address = page.url
+        page.goto(f"http://localhost:{port}/", timeout=WAIT)
+        at(page, 2)
+        page.wait_for_function("address => location.href === address", arg=address)
+    assert clvq.study_answers(study)["rater"].tolist() == [1]
+
+
 @contextlib.contextmanager
 def welcomed(folder, browser, query=""):
     """A study and the page that greets who comes to its address with this query."""
@@ -192,3 +209,14 @@ def test_a_rater_cannot_run_code_nor_list_the_kernels_of_others(tmp_path, browse
         for path in ("api/kernels", "api/sessions", "api/contents", "files/answers.sqlite", "voila/files/study.json"):
             status = page.evaluate("path => fetch(path).then(response => response.status)", f"/{path}")
             assert status >= 400, (path, status)
+
+
+def test_visitors_beyond_the_limit_are_turned_away_kindly(tmp_path):
+    study, port = write_study(tmp_path / "study", sentences=1), free_port()
+    with served(study, port, "--most-visitors", "1"):
+        address = f"http://localhost:{port}"
+        first = urllib.request.urlopen(address, timeout=WAIT / 1000).read().decode()
+        assert "jupyter-config-data" in first
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(address, timeout=WAIT / 1000)
+        assert refused.value.code == 503 and clvq_app.BUSY in refused.value.read().decode()
