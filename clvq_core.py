@@ -700,7 +700,7 @@ def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_colum
             raise ValueError(f"{name} has no column {column!r}, only {', '.join(map(str, frame.columns)):.200}: "
                              f"set {option} to the right one")
     chosen = pd.DataFrame({"text": frame[text_column], "label": frame[label_column]})
-    for column in chosen:
+    for column in ("text", "label"):
         empty = np.flatnonzero(chosen[column].isna() | (chosen[column].astype(str).str.strip() == ""))
         if len(empty):
             raise ValueError(f"{name} has no {column} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
@@ -741,16 +741,16 @@ def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
 
 def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
     """The same from the Hub, whose copy does not say where evidence lies: the first place is taken."""
-    for review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).itertuples():
-        sentences = review.review.split("\n")
+    for review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).to_dict("records"):
+        sentences = review["review"].split("\n")
         sentence_of_word = np.repeat(np.arange(len(sentences)), [len(sentence.split()) for sentence in sentences])
-        words = f" {' '.join(review.review.split())} "
-        for evidence in filter(str.strip, review.evidences):
+        words = f" {' '.join(review['review'].split())} "
+        for evidence in review["evidences"]:
             start = words.find(f" {' '.join(evidence.split())} ")
-            if start >= 0:
+            if evidence.strip() and start >= 0:
                 first = words[:start].count(" ")
                 begin, end = sentence_of_word[first], sentence_of_word[first + len(evidence.split()) - 1]
-                yield " ".join(sentences[begin:end + 1]), review.label, review.split, evidence
+                yield " ".join(sentences[begin:end + 1]), review["label"], review["split"], evidence
 
 
 def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
@@ -2455,7 +2455,7 @@ def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
     pseudo = prior * in_all / total
     inside, outside = counts + pseudo, in_all - counts + pseudo
     ratio = np.log(inside / (size + prior - inside)) - np.log(outside / (total - size + prior - outside))
-    return ratio / np.sqrt(1 / inside + 1 / outside)
+    return pd.Series(ratio / np.sqrt(1 / inside + 1 / outside), counts.index)
 
 
 def word_p_values(counts: pd.Series) -> pd.Series:
@@ -2467,7 +2467,7 @@ def word_p_values(counts: pd.Series) -> pd.Series:
     from scipy.stats import binom, false_discovery_control
 
     in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
-    pairs = math.prod(counts.index.remove_unused_levels().levshape)
+    pairs = len(counts.groupby(level=0)) * len(counts.groupby(level=1))
     adjusted = false_discovery_control(binom.sf(counts - 1, in_all, size / counts.sum())) * pairs / len(counts)
     return pd.Series(adjusted, counts.index).clip(upper=1)
 
@@ -2657,10 +2657,10 @@ def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFr
     return table.assign(share=table["count"] / of_source, lift=table["count"] * len(source) / (of_source * of_target))
 
 
-def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[int, str], Mapping[int, str]]) -> None:
+def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[Any, str], Mapping[Any, str]]) -> None:
     """Draw `transitions` as bands from left to right, as wide as they have tokens; ``names`` of sources and targets."""
     gap = 0.02 * flow["count"].sum()
-    starts: tuple[dict[int, float], dict[int, float]] = ({}, {})                # where each concept's next band begins
+    starts: tuple[dict[Any, float], dict[Any, float]] = ({}, {})                # where each concept's next band begins
     for side, column in enumerate(("source", "target")):
         top = 0.0
         for concept, height in flow.groupby(column, sort=False)["count"].sum().items():
