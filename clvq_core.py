@@ -676,7 +676,7 @@ def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("te
         if (folder := Path(location)).is_dir():
             named = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
             for file in itertools.chain.from_iterable(named.values()):
-                if not Path(os.path.abspath(file)).is_relative_to(folder.absolute()):
+                if not Path(os.path.abspath(file)).is_relative_to(folder.resolve()):
                     raise ValueError(f"its README names {file}, which lies outside the folder")
         splits = datasets.load_dataset(location, configuration or None, revision=revision)
     except Exception as error:
@@ -887,8 +887,9 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     if "split" in corpus:
         corpus["split"] = corpus.pop("split")                                   # the last column
     else:
-        n = max(len(names), min(settings.test_sentences, len(corpus) // 5))
-        test = train_test_split(corpus.index, test_size=n, stratify=corpus["label"], random_state=settings.data_seed)[1]
+        size = max(len(names), min(settings.test_sentences, len(corpus) // 5))
+        _, test = train_test_split(corpus.index, test_size=size, stratify=corpus["label"],
+                                   random_state=settings.data_seed)
         corpus["split"] = np.where(corpus.index.isin(test), "test", "train")
     parts = []
     for split, limit in (("train", settings.train_sentences), ("test", settings.test_sentences)):
@@ -2461,8 +2462,8 @@ def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
 def word_p_values(counts: pd.Series) -> pd.Series:
     """p-values of each word in its concept, had words been dealt to concepts by size; ``counts`` as for `log_odds`.
 
-    Corrected for the thousands of words compared (Benjamini and Hochberg 1995): of those below 0.05, about 5 % at most are
-    there by chance. One-sided: only words *more* frequent than elsewhere count. Pairs never seen together have p = 1.
+    Corrected for the thousands of words compared (Benjamini and Hochberg 1995): of those below 0.05, at most some 5 %
+    are there by chance. One-sided: only words *more* frequent than elsewhere count; pairs never seen have p = 1.
     """
     from scipy.stats import binom, false_discovery_control
 
@@ -2475,7 +2476,7 @@ def word_p_values(counts: pd.Series) -> pd.Series:
 def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int], n: int = 8) -> pd.DataFrame:
     """The ``n`` most frequent and the ``n`` most specific words of these concepts, as clouds show them.
 
-    Columns: concept, word, times, share of the word's occurrences, specificity (from `log_odds`), adjusted p (`word_p_values`).
+    Columns: concept, word, times, share of the word's occurrences, specificity and adjusted p (`word_p_values`).
     """
     share = counts / counts.groupby(level=1).transform("sum")
     table = pd.DataFrame({"times": counts, "share of the word's occurrences": share, "specificity": specificity,
@@ -2565,7 +2566,7 @@ def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: b
 
 @dataclass(repr=False)
 class Explanation:
-    """A text's class and its words' concepts, by `Pipeline.explain`. Prints as text, and shows as a card in notebooks."""
+    """A text's class and its words' concepts, by `Pipeline.explain`. Prints as text; shows as a card in notebooks."""
 
     text: str
     chances: dict[str, float]
@@ -2811,7 +2812,7 @@ def plot_style() -> None:
 
 
 def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 3, sortable: bool = False) -> None:
-    """Show a table in which nothing is markup; in the book with a caption, a name to refer to and ``sortable`` columns."""
+    """Show a table in which nothing is markup; in the book with a name to refer to and columns to sort by."""
     from IPython.display import display
 
     def escaped(cell: str) -> str:
@@ -2832,12 +2833,11 @@ def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 
 
 def glue(**values: Any) -> None:
     """Hand numbers and texts of a notebook to the book's other pages; does nothing where no book is made (Colab)."""
-    try:
+    with suppress(ImportError):
         from myst_nb import glue as hand_on
-    except ImportError:
-        return
-    for name, value in values.items():
-        hand_on(name, value.item() if isinstance(value, np.generic) else value, display=False)
+
+        for name, value in values.items():
+            hand_on(name, value.item() if isinstance(value, np.generic) else value, display=False)
 
 
 # ======================================================================================================
