@@ -654,7 +654,7 @@ def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("te
         if (folder := Path(location)).is_dir():
             named = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
             for file in itertools.chain.from_iterable(named.values()):
-                if not Path(os.path.abspath(file)).is_relative_to(folder.absolute()):
+                if not Path(os.path.abspath(file)).is_relative_to(folder.resolve()):
                     raise ValueError(f"its README names {file}, which lies outside the folder")
         splits = datasets.load_dataset(location, configuration or None, revision=revision)
     except Exception as error:
@@ -678,7 +678,7 @@ def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_colum
             raise ValueError(f"{name} has no column {column!r}, only {', '.join(map(str, frame.columns)):.200}: "
                              f"set {option} to the right one")
     chosen = pd.DataFrame({"text": frame[text_column], "label": frame[label_column]})
-    for column in chosen:
+    for column in ("text", "label"):
         empty = np.flatnonzero(chosen[column].isna() | (chosen[column].astype(str).str.strip() == ""))
         if len(empty):
             raise ValueError(f"{name} has no {column} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
@@ -719,16 +719,16 @@ def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
 
 def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
     """The same from the Hub, whose copy does not say where evidence lies: the first place is taken."""
-    for review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).itertuples():
-        sentences = review.review.split("\n")
+    for review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).to_dict("records"):
+        sentences = review["review"].split("\n")
         sentence_of_word = np.repeat(np.arange(len(sentences)), [len(sentence.split()) for sentence in sentences])
-        words = f" {' '.join(review.review.split())} "
-        for evidence in filter(str.strip, review.evidences):
+        words = f" {' '.join(review['review'].split())} "
+        for evidence in review["evidences"]:
             start = words.find(f" {' '.join(evidence.split())} ")
-            if start >= 0:
+            if evidence.strip() and start >= 0:
                 first = words[:start].count(" ")
                 begin, end = sentence_of_word[first], sentence_of_word[first + len(evidence.split()) - 1]
-                yield " ".join(sentences[begin:end + 1]), review.label, review.split, evidence
+                yield " ".join(sentences[begin:end + 1]), review["label"], review["split"], evidence
 
 
 def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
@@ -865,8 +865,9 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     if "split" in corpus:
         corpus["split"] = corpus.pop("split")                                   # the last column
     else:
-        n = max(len(names), min(settings.test_sentences, len(corpus) // 5))
-        test = train_test_split(corpus.index, test_size=n, stratify=corpus["label"], random_state=settings.data_seed)[1]
+        size = max(len(names), min(settings.test_sentences, len(corpus) // 5))
+        _, test = train_test_split(corpus.index, test_size=size, stratify=corpus["label"],
+                                   random_state=settings.data_seed)
         corpus["split"] = np.where(corpus.index.isin(test), "test", "train")
     parts = []
     for split, limit in (("train", settings.train_sentences), ("test", settings.test_sentences)):
@@ -2628,19 +2629,19 @@ def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
     pseudo = prior * in_all / total
     inside, outside = counts + pseudo, in_all - counts + pseudo
     ratio = np.log(inside / (size + prior - inside)) - np.log(outside / (total - size + prior - outside))
-    return ratio / np.sqrt(1 / inside + 1 / outside)
+    return pd.Series(ratio / np.sqrt(1 / inside + 1 / outside), counts.index)
 
 
 def word_p_values(counts: pd.Series) -> pd.Series:
     """p-values of each word in its concept, had words been dealt to concepts by size; ``counts`` as for `log_odds`.
 
-    Corrected for the thousands of words compared (Benjamini and Hochberg 1995): of those below 0.05, about 5 % at most are
-    there by chance. One-sided: only words *more* frequent than elsewhere count. Pairs never seen together have p = 1.
+    Corrected for the thousands of words compared (Benjamini and Hochberg 1995): of those below 0.05, at most some 5 %
+    are there by chance. One-sided: only words *more* frequent than elsewhere count; pairs never seen have p = 1.
     """
     from scipy.stats import binom, false_discovery_control
 
     in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
-    pairs = math.prod(counts.index.remove_unused_levels().levshape)
+    pairs = len(counts.groupby(level=0)) * len(counts.groupby(level=1))
     adjusted = false_discovery_control(binom.sf(counts - 1, in_all, size / counts.sum())) * pairs / len(counts)
     return pd.Series(adjusted, counts.index).clip(upper=1)
 
@@ -2648,7 +2649,7 @@ def word_p_values(counts: pd.Series) -> pd.Series:
 def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int], n: int = 8) -> pd.DataFrame:
     """The ``n`` most frequent and the ``n`` most specific words of these concepts, as clouds show them.
 
-    Columns: concept, word, times, share of the word's occurrences, specificity (from `log_odds`), adjusted p (`word_p_values`).
+    Columns: concept, word, times, share of the word's occurrences, specificity and adjusted p (`word_p_values`).
     """
     share = counts / counts.groupby(level=1).transform("sum")
     table = pd.DataFrame({"times": counts, "share of the word's occurrences": share, "specificity": specificity,
@@ -2738,7 +2739,7 @@ def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: b
 
 @dataclass(repr=False)
 class Explanation:
-    """A text's class and its words' concepts, by `Pipeline.explain`. Prints as text, and shows as a card in notebooks."""
+    """A text's class and its words' concepts, by `Pipeline.explain`. Prints as text; shows as a card in notebooks."""
 
     text: str
     chances: dict[str, float]
@@ -2803,10 +2804,10 @@ def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFr
     return table.assign(share=table["count"] / of_source, lift=table["count"] * len(source) / (of_source * of_target))
 
 
-def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[int, str], Mapping[int, str]]) -> None:
+def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[Any, str], Mapping[Any, str]]) -> None:
     """Draw `transitions` as bands from left to right, as wide as they have tokens; ``names`` of sources and targets."""
     gap = 0.02 * flow["count"].sum()
-    starts: tuple[dict[int, float], dict[int, float]] = ({}, {})                # where each concept's next band begins
+    starts: tuple[dict[Any, float], dict[Any, float]] = ({}, {})                # where each concept's next band begins
     for side, column in enumerate(("source", "target")):
         top = 0.0
         for concept, height in flow.groupby(column, sort=False)["count"].sum().items():
@@ -2883,7 +2884,7 @@ def plot_style() -> None:
 
 
 def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 3, sortable: bool = False) -> None:
-    """Show a table in which nothing is markup; in the book with a caption, a name to refer to and ``sortable`` columns."""
+    """Show a table in which nothing is markup; in the book with a name to refer to and columns to sort by."""
     from IPython.display import display
 
     def escaped(cell: str) -> str:
@@ -2904,12 +2905,11 @@ def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 
 
 def glue(**values: Any) -> None:
     """Hand numbers and texts of a notebook to the book's other pages; does nothing where no book is made (Colab)."""
-    try:
+    with suppress(ImportError):
         from myst_nb import glue as hand_on
-    except ImportError:
-        return
-    for name, value in values.items():
-        hand_on(name, value.item() if isinstance(value, np.generic) else value, display=False)
+
+        for name, value in values.items():
+            hand_on(name, value.item() if isinstance(value, np.generic) else value, display=False)
 
 
 # ======================================================================================================

@@ -468,7 +468,8 @@ def test_a_folders_readme_opens_no_file_outside_it(tmp_path, refused, pattern):
         (tmp_path / name).mkdir()
         save(reviews(), tmp_path / name / "rows.csv")
     columns = dict(text_column="body", label_column="stars")
-    assert len(load(tmp_path / "data", **columns)) == 60
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    assert len(load(tmp_path / "data", **columns)) == len(load(tmp_path / "link", **columns)) == 60
     readme = f'---\nconfigs:\n- config_name: default\n  data_files: "{pattern.format(tmp_path)}"\n---\n'
     (tmp_path / "data" / "README.md").write_text(readme)
     with refused("outside the folder"):
