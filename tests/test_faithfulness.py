@@ -265,7 +265,7 @@ def test_results_have_a_row_for_each_sentence_and_variant_with_what_was_predicte
     trial = planted[0]
     assert results.columns.tolist() == ["method", "layer", "removed", "way", "probe", "seed", "sentence", "fold", "label", "predicted",
                                         "correct", "flipped", "share", "distance", "p0", "p1"]  # fmt: skip
-    controls = {"gaussian", "random code", "random word", "other class", "mean", "first component", "matched norm"}
+    controls = {"gaussian", "random code", "random word", "other class", "mean", "first component", "matched norm", "random code, equal norm"}
     left_out = {("centred", "mean"), *(("subtraction", name) for name in ("mean", "gaussian", "first component"))}
     frozen = {(way, name) for way in ("projection", "centred", "subtraction") for name in {"concept", *controls}} - left_out
     own = results[results["method"] == "planted"]
@@ -298,9 +298,9 @@ def test_the_protocol_depends_on_the_seed_alone(planted, make_trial):
 def test_the_random_direction_is_gaussian_and_another_one_for_each_sentence(planted):
     trial, method = planted
     found = trial.removals(method)["gaussian"]
-    assert len(found.along.unique(dim=0)) == 200 and torch.linalg.matrix_rank(found.along) == 12
-    assert scipy.stats.kstest(found.along.flatten().numpy(), "norm").pvalue > 1e-3
-    torch.testing.assert_close(F.cosine_similarity(found.along, found.away), torch.ones(200))
+    assert len(found.vector.unique(dim=0)) == 200 and torch.linalg.matrix_rank(found.vector) == 12
+    assert scipy.stats.kstest(found.vector.flatten().numpy(), "norm").pvalue > 1e-3
+    torch.testing.assert_close(F.cosine_similarity(found.vector, found.offset), torch.ones(200))
 
 
 @pytest.mark.parametrize("copy", [0.0, 2.0])
@@ -376,9 +376,12 @@ def test_a_sentence_counts_with_its_mean_over_seeds_and_the_deviation_over_seeds
     assert summary["accuracy_sd_seeds"].tolist() == pytest.approx([1 / 3 / np.sqrt(2), 1 / 6 / np.sqrt(2)])
     assert summary["accuracy_sd_folds"].tolist() == pytest.approx([(np.sqrt(1 / 12) + 1 / 2) / 2, (1 / 2 + np.sqrt(1 / 12)) / 2])
     assert summary.loc["concept", "change"] == pytest.approx(5 / 12 - 2 / 3)
-    # one sentence has 1/2, 1/2, 1, 0, 1, 1: two seeds are not twice the sentences
-    draws = clvq.resamples(6, probe_settings(bootstrap=100))[1:] @ [0.5, 0.5, 1, 0, 1, 1] / 6
-    assert summary.loc["nothing", ["accuracy_low", "accuracy_high"]].tolist() == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+    # one sentence has 1/2, 1/2, 1, 0, 1, 1: two seeds are not twice the sentences, and 5/6 and 1/2 are not 2/3 twice
+    within = (clvq.resamples(6, probe_settings(bootstrap=100))[1:] @ [0.5, 0.5, 1, 0, 1, 1] / 6).var()
+    between = (1 / 3) ** 2 / 4  # the variance of the two, (1/3)^2 / 2, less than half as large for their mean
+    half = scipy.stats.t.ppf(0.975, ((within + between) / between) ** 2) * np.sqrt(within + between)
+    found = summary.loc["nothing", ["accuracy_low", "accuracy_high"]].tolist()
+    assert found == pytest.approx([2 / 3 - half, 2 / 3 + half]) and (summary["covers"] == "sentences and seeds").all()
 
 
 def test_the_order_of_the_rows_does_not_matter():
