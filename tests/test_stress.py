@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.power import NormalIndPower, TTestPower
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import clvq_core as clvq
 
@@ -128,11 +130,26 @@ def test_positions_are_ranked_by_falling_salience(transparent):
         assert (trial.ranked[sentence][len(there) :] == -1).all()
 
 
-def test_a_random_code_is_any_code_of_the_codebook(transparent):
+def test_a_random_code_is_drawn_as_often_as_words_have_it_and_never_one_without_words(transparent):
     trial, method = transparent
-    few = replace(method, vectors=method.vectors[:5])
-    found = rows_of(trial.removals(few)["random code"], few).bincount(minlength=5)
-    assert scipy.stats.chisquare(found.numpy()).pvalue > 1e-3
+    unused = 1e3 + torch.arange(200.0)[:, None].expand(-1, 8)
+    few = replace(method, vectors=torch.cat([method.vectors[:5], unused]))
+    codes = [rows_of(trial.removals(few)["random code"], few)]
+    codes += [trial.used_codes(few, (40, 25), seed(number)).flatten() for number in range(3)]
+    words = trial.test.states[0][torch.from_numpy(~trial.tokens["is_summary"].to_numpy())]
+    use = few.assign(words).bincount(minlength=205)[:5]
+    assert codes[0].max() < 5 and use.max() > 2 * use.min()
+    drawn = torch.cat(codes).bincount(minlength=5)
+    assert scipy.stats.chisquare(drawn.numpy(), (use / use.sum() * drawn.sum()).double().numpy()).pvalue > 1e-3
+
+
+def test_the_random_code_of_equal_norm_leads_where_the_random_code_does_and_takes_away_as_much_as_the_concept(transparent):
+    trial, method = transparent
+    h, variants = trial.summaries(0), trial.variants(method)
+    for way in WAYS:
+        concept, code, equal = (h - variants[name, way] for name in ("concept", "random code", "random code, equal norm"))
+        torch.testing.assert_close(equal.norm(dim=1), concept.norm(dim=1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(F.cosine_similarity(equal, code), torch.ones(150), rtol=0, atol=1e-4)
 
 
 def test_a_random_word_is_another_word_of_the_same_sentence_and_each_is_as_likely(transparent):
@@ -165,6 +182,37 @@ def test_the_other_class_is_the_concept_of_a_sentence_that_the_model_puts_in_ano
     assert len(set(other)) > 50
 
 
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest tensor has that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor))])
+        return made
+
+
+def test_each_sentence_of_another_class_is_as_likely_and_no_table_of_pairs_is_made(make_trial):
+    classes, n = torch.tensor([0] * 6 + [1] * 3 + [3] * 1), 400
+    predicted = classes.repeat(n)[torch.randperm(10 * n, generator=seed(1))]
+    h = torch.randn(10 * n, 2, generator=seed(2))
+    trial = make_trial(h, list(h[:, None]), torch.arange(10 * n) % 2, predicted)
+    method = clvq.Concepts("rows", 0, trial.test.states[0][trial.salient])
+    method.assign = lambda states: torch.arange(len(states))  # a code a sentence
+    with LargestTensor() as largest:
+        vectors = trial.removals(method)["other class"].vector
+    assert largest.elements < 40 * 10 * n
+    place = {tuple(row): i for i, row in enumerate(method.vectors.tolist())}
+    other = torch.tensor([place[tuple(row)] for row in vectors.tolist()])
+    assert (predicted[other] != predicted).all()
+    for own in (0, 1, 3):
+        rest = np.bincount(predicted[predicted != own], minlength=4)
+        drawn = np.bincount(predicted[other[predicted == own]], minlength=4)
+        assert scipy.stats.chisquare(drawn[rest > 0], rest[rest > 0] * drawn.sum() / rest.sum()).pvalue > 1e-3
+    assert len(set(other.tolist())) > 0.55 * 10 * n  # of 4,000 draws
+
+
 def test_without_sentences_of_another_class_that_control_is_left_out_and_the_others_stay(transparent):
     trial, method = transparent
     alone = clvq.Trial(trial.train, trial.test, trial.tokens, trial.labels, torch.zeros_like(trial.predicted), trial.config)
@@ -184,6 +232,16 @@ def test_means_and_first_component_are_numpys_of_the_training_states(transparent
     np.testing.assert_allclose(found["mean"].vector, np.tile(mean, (150, 1)))
     np.testing.assert_allclose(found["first component"].vector, np.tile(component, (150, 1)))
     np.testing.assert_allclose(found["concept"].offset, found["concept"].vector - word_mean, atol=1e-6)
+
+
+def test_each_method_is_centred_on_the_mean_of_what_its_vectors_are_averages_of_and_not_on_the_words(worded):
+    trial, method, _ = worded
+    elsewhere = replace(method, centre=method.centre + 3)
+    expected = elsewhere.vectors[elsewhere.assign(trial.test.states[0][trial.salient])] - elsewhere.centre
+    torch.testing.assert_close(trial.removals(elsewhere)["concept"].offset, expected)
+    trial = Watched(trial.train, trial.test, trial.tokens, trial.labels, trial.predicted, trial.config)
+    clvq.removal_curve([elsewhere], trial, most=2)
+    np.testing.assert_allclose(trial.seen["concept", "centred", 2], expected_left(trial, elsewhere, 2, True), atol=2e-4)
 
 
 def test_of_a_direction_as_much_is_removed_as_the_word_has(transparent):
@@ -561,6 +619,33 @@ def test_results_in_the_model_go_through_the_same_summary(inside):
         own = results[(results["removed"] == row["removed"]) & (results["way"] == row["way"]) & (results["where"] == row["where"])]
         assert row["kl"] == pytest.approx(own["kl"].mean()) and row["flipped"] == pytest.approx(own["flipped"].mean())
     assert (summary.loc[summary["removed"] == "gaussian", "change"] == 0).all() and summary["change"].notna().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_the_model_answers_as_on_the_cpu_and_tables_are_on_the_cpu(inside):
+    trial, lm, config = inside
+    config = replace(config, inference_precision="float32")
+    method = replace(code_method(inside, 4), centre=trial.centre(4).word)
+    controls = ("matched norm", "gaussian", "random code", "random code, equal norm", "other class")
+    tokens = trial.tokens.assign(concept=method.assign(trial.test.states[4]).numpy())
+    use = np.ones(len(method.vectors))
+
+    def tables(method):
+        return (clvq.in_model([method], trial, lm, TEXTS, config, ways=WAYS, controls=controls),
+                clvq.concept_effects(method, lm, TEXTS, tokens, trial.centre(4), use, config))  # fmt: skip
+
+    here = tables(method)
+    on_gpu = replace(method, vectors=method.vectors.cuda(), centre=method.centre.cuda())
+    on_gpu.assign = method.assign
+    lm.model.cuda()
+    try:
+        there = tables(on_gpu)
+    finally:
+        lm.model.cpu()
+    for cpu, gpu in zip(here, there, strict=True):
+        pd.testing.assert_frame_equal(cpu.drop(columns="confidence"), gpu.drop(columns="confidence"), atol=1e-3)
+        np.testing.assert_allclose(gpu["confidence"], cpu["confidence"], atol=1e-3)
 
 
 # --- people's evidence --------------------------------------------------------------------------------------------
