@@ -50,11 +50,11 @@ def test_each_sentence_has_its_own_concepts_once_and_random_others(pipeline):
 def test_a_removal_that_takes_nothing_away_changes_nothing(pipeline):
     trial, layer = pipeline.trial, pipeline.layers[0]
     model = pipeline.trained(pipeline.layers)
-    mean, _, word_mean = trial.centre(layer)
-    model.quantizer.codebook.copy_(word_mean.expand_as(model.vectors))                      # nothing tells a code from the mean
+    model.quantizer.codebook.copy_(model.centre.expand_as(model.vectors))                   # nothing tells a code from the mean
     tokens = trial.test.tokens.assign(concept=0)
     texts = pipeline.test["text"].tolist()
-    found = clvq.concept_effects(model, pipeline.language_model, texts, tokens, (mean, word_mean), pipeline.config)
+    use = np.ones(len(model.vectors))
+    found = clvq.concept_effects(model, pipeline.language_model, texts, tokens, trial.centre(layer), use, pipeline.config)
     assert found["confidence"].abs().max() < 1e-5 and not found["flipped"].any()
 
 
@@ -86,7 +86,10 @@ def test_the_report_is_ordered_by_what_each_concept_costs_less_random_ones(pipel
     low, high = stats.t.interval(0.95, len(gaps) - 1, gaps.mean(), stats.sem(gaps))
     assert (row["effect_low"], row["effect_high"]) == (pytest.approx(low), pytest.approx(high))
     assert report["stability"].between(0, 1).all() and report["stability"].nunique() > 5
-    assert report.loc[report["sentences"] == 1, "effect_low"].isna().all()
+    assert report.loc[report["sentences"] == 1, ["effect_low", "p", "p_adjusted"]].isna().all(axis=None)
+    assert row["p"] == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
+    known = report["p"].notna()
+    np.testing.assert_allclose(report.loc[known, "p_adjusted"], stats.false_discovery_control(report.loc[known, "p"]))
 
 
 def test_one_seed_leaves_stability_open(pipeline):

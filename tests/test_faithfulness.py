@@ -265,7 +265,7 @@ def test_results_have_a_row_for_each_sentence_and_variant_with_what_was_predicte
     trial = planted[0]
     assert results.columns.tolist() == ["method", "layer", "removed", "way", "probe", "seed", "sentence", "fold", "label", "predicted",
                                         "correct", "flipped", "share", "distance", "p0", "p1"]  # fmt: skip
-    controls = {"gaussian", "random code", "random word", "other class", "mean", "first component", "matched norm"}
+    controls = {"gaussian", "random code", "random word", "other class", "mean", "first component", "matched norm", "random code, equal norm"}
     left_out = {("centred", "mean"), *(("subtraction", name) for name in ("mean", "gaussian", "first component"))}
     frozen = {(way, name) for way in ("projection", "centred", "subtraction") for name in {"concept", *controls}} - left_out
     own = results[results["method"] == "planted"]
@@ -298,9 +298,9 @@ def test_the_protocol_depends_on_the_seed_alone(planted, make_trial):
 def test_the_random_direction_is_gaussian_and_another_one_for_each_sentence(planted):
     trial, method = planted
     found = trial.removals(method)["gaussian"]
-    assert len(found.along.unique(dim=0)) == 200 and torch.linalg.matrix_rank(found.along) == 12
-    assert scipy.stats.kstest(found.along.flatten().numpy(), "norm").pvalue > 1e-3
-    torch.testing.assert_close(F.cosine_similarity(found.along, found.away), torch.ones(200))
+    assert len(found.vector.unique(dim=0)) == 200 and torch.linalg.matrix_rank(found.vector) == 12
+    assert scipy.stats.kstest(found.vector.flatten().numpy(), "norm").pvalue > 1e-3
+    torch.testing.assert_close(F.cosine_similarity(found.vector, found.offset), torch.ones(200))
 
 
 @pytest.mark.parametrize("copy", [0.0, 2.0])
@@ -376,9 +376,12 @@ def test_a_sentence_counts_with_its_mean_over_seeds_and_the_deviation_over_seeds
     assert summary["accuracy_sd_seeds"].tolist() == pytest.approx([1 / 3 / np.sqrt(2), 1 / 6 / np.sqrt(2)])
     assert summary["accuracy_sd_folds"].tolist() == pytest.approx([(np.sqrt(1 / 12) + 1 / 2) / 2, (1 / 2 + np.sqrt(1 / 12)) / 2])
     assert summary.loc["concept", "change"] == pytest.approx(5 / 12 - 2 / 3)
-    # one sentence has 1/2, 1/2, 1, 0, 1, 1: two seeds are not twice the sentences
-    draws = clvq.resamples(6, probe_settings(bootstrap=100))[1:] @ [0.5, 0.5, 1, 0, 1, 1] / 6
-    assert summary.loc["nothing", ["accuracy_low", "accuracy_high"]].tolist() == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+    # one sentence has 1/2, 1/2, 1, 0, 1, 1: two seeds are not twice the sentences, and 5/6 and 1/2 are not 2/3 twice
+    within = (clvq.resamples(6, probe_settings(bootstrap=100))[1:] @ [0.5, 0.5, 1, 0, 1, 1] / 6).var()
+    between = (1 / 3) ** 2 / 4  # the variance of the two, (1/3)^2 / 2, less than half as large for their mean
+    half = scipy.stats.t.ppf(0.975, ((within + between) / between) ** 2) * np.sqrt(within + between)
+    found = summary.loc["nothing", ["accuracy_low", "accuracy_high"]].tolist()
+    assert found == pytest.approx([2 / 3 - half, 2 / 3 + half]) and (summary["covers"] == "sentences and seeds").all()
 
 
 def test_the_order_of_the_rows_does_not_matter():
@@ -450,6 +453,82 @@ def test_resamples_are_those_of_whole_sentences_and_depend_on_the_seed_alone():
     first, again, other = (clvq.summarise(results, probe_settings(bootstrap=100, seed=s)) for s in (1, 1, 2))
     pd.testing.assert_frame_equal(first, again)
     assert not first["accuracy_low"].equals(other["accuracy_low"])
+
+
+# --- intervals over sentences and seeds ---------------------------------------------------------------------------
+
+
+def covered(seed_deviation: float, seeds: int = 3, sentences: int = 200, runs: int = 400) -> float:
+    """How often the interval holds the true mean, 0, of sentences that trainings share and whose deviation is 0.4."""
+    draw, hits = np.random.default_rng(0), 0
+    for run in range(runs):
+        values = draw.normal(0, 0.4, sentences) + draw.normal(0, 0.2, (seeds, sentences))
+        values += draw.normal(0, seed_deviation, (seeds, 1))
+        found = clvq.mean_interval(values, probe_settings(bootstrap=200, seed=run))
+        hits += found.low <= 0 <= found.high
+        assert found.covers == "sentences and seeds" and found.low < found.value < found.high
+    return hits / runs
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 10.0])
+def test_intervals_over_three_seeds_hold_the_truth_in_95_percent_whether_seeds_vary_or_not(ratio):
+    # the deviation of the mean over three seeds, in deviations of the mean over sentences
+    assert 0.91 <= covered(ratio * 0.4 / np.sqrt(200) * np.sqrt(3)) <= 0.98
+
+
+def test_without_variance_between_trainings_the_interval_is_that_of_one_and_widens_with_it():
+    values = np.random.default_rng(0).random(300)
+    one = clvq.mean_interval(values, probe_settings(bootstrap=4000))
+    same, apart = (clvq.mean_interval(values + np.array(gaps)[:, None], probe_settings(bootstrap=4000))
+                   for gaps in ([0, 0, 0], [-0.1, 0, 0.1]))  # fmt: skip
+    assert one.covers == "sentences" and same.covers == apart.covers == "sentences and seeds"
+    assert (same.low, same.high) == pytest.approx((one.low, one.high), abs=2e-3)
+    assert apart.low < one.low - 0.1 and apart.high > one.high + 0.1 and apart.value == pytest.approx(one.value)
+
+
+def test_values_of_whole_trainings_have_students_interval_and_one_of_them_has_none():
+    values = np.array([0.3, 0.5, 0.45])
+    found, test = clvq.interval(values[:, None]), scipy.stats.ttest_1samp(values, 0)
+    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval())) and found.p == pytest.approx(test.pvalue)
+    assert found.covers == "seeds"
+    alone = clvq.interval(values[:1, None])
+    assert alone.value == 0.3 and np.isnan([alone.low, alone.high, alone.p]).all() and alone.covers == ""
+
+
+def test_the_interval_takes_any_statistic_of_resampled_sentences():
+    part = chances(2)
+    weights = clvq.resamples(90, probe_settings(bootstrap=100))
+    areas = clvq.auc(part["p1"].to_numpy(), part["label"].to_numpy() == 1, weights)
+    found = clvq.interval(areas)
+    assert found.value == areas[0] and (found.low, found.high) == tuple(np.quantile(areas[1:], [0.025, 0.975]))
+
+
+def test_the_summary_adjusts_the_p_values_of_all_its_changes_by_holm_and_counts_no_comparison_with_itself():
+    draw = np.random.default_rng(0)
+    parts = [answers((draw.random(200) < chance).tolist(), seed, removed=name)
+             for name, chance in (("nothing", 0.9), ("a", 0.89), ("b", 0.8), ("c", 0.5)) for seed in range(3)]  # fmt: skip
+    summary = summarised(*parts)
+    assert np.isnan(summary.loc["nothing", ["change_p", "change_p_holm"]].astype(float)).all()
+    p, adjusted = (summary.loc[["a", "b", "c"], name].to_numpy() for name in ("change_p", "change_p_holm"))
+    assert (np.diff(p) < 0).all() and p[0] > 0.05 > p[2]
+    order = np.sort(p) * [3, 2, 1]
+    assert np.sort(adjusted) == pytest.approx(np.minimum(np.maximum.accumulate(order), 1))
+
+
+def test_differences_are_paired_by_the_seeds_that_both_have():
+    both = [answers(FIRST, 0, removed="nothing"), answers(SECOND, 0), answers(FIRST, 1)]
+    summary = summarised(*both)
+    assert summary.loc["concept", "change"] == pytest.approx(-2 / 6) and summary["seeds"].tolist() == [1, 2]
+    none = summarised(answers(FIRST, 0, removed="nothing"), answers(SECOND, 1))["change"]
+    assert none["nothing"] == 0 and np.isnan(none["concept"])
+
+
+@pytest.mark.parametrize(("method", "expected"), [("holm", [0.04, 0.09, np.nan, 0.09]), ("fdr_bh", [0.03, 0.045, np.nan, 0.045])])
+def test_adjusted_p_values_are_those_worked_by_hand(method, expected):
+    # three of them; Holm: x 3, x 2, x 1, never less than before; Benjamini-Hochberg: x 3, x 3/2, x 1, never more than after
+    p = {"holm": [0.04 / 3, 0.045, np.nan, 0.06], "fdr_bh": [0.01, 0.03, np.nan, 0.045]}[method]
+    assert clvq.adjust_p_values(np.array(p), method) == pytest.approx(expected, nan_ok=True)
+    assert np.isnan(clvq.adjust_p_values(np.array([np.nan]), method)).all()
 
 
 # --- area under the ROC curve -------------------------------------------------------------------------------------
