@@ -2985,15 +2985,15 @@ def interval(statistics: Float[np.ndarray, "G R"]) -> Interval:
     trainings, value, resampled = len(statistics), statistics[:, 0].mean(), statistics[:, 1:].mean(0)
     over_sentences = resampled.var() if len(resampled) > 1 else math.nan
     over_seeds = statistics[:, 0].var(ddof=1) / trainings if trainings > 1 else math.nan
-    parts = {name: part for name, part in (("sentences", over_sentences), ("seeds", over_seeds)) if not math.isnan(part)}
-    if not parts:
+    variance = np.nansum([over_sentences, over_seeds])
+    covers = [name for name, part in (("sentences", over_sentences), ("seeds", over_seeds)) if not math.isnan(part)]
+    if not covers:
         return Interval(value, math.nan, math.nan, math.nan, "")
-    variance = sum(parts.values())
-    freedom = (trainings - 1) * (variance / over_seeds) ** 2 if parts.get("seeds") else math.inf
+    freedom = (trainings - 1) * (variance / over_seeds) ** 2 if over_seeds > 0 else math.inf
     margin = t.ppf(0.975, freedom) * math.sqrt(variance)
     low, high = np.quantile(resampled, [0.025, 0.975]) if trainings == 1 else (value - margin, value + margin)
     p = 2 * t.sf(abs(value) / math.sqrt(variance), freedom) if variance else float(value == 0)
-    return Interval(value, low, high, p, " and ".join(parts))
+    return Interval(value, low, high, p, " and ".join(covers))
 
 
 def resamples(n: int, config: ProbeSettings) -> Float[np.ndarray, "R S"]:
@@ -3021,8 +3021,8 @@ def adjust_p_values(p: Float[np.ndarray, "n"], method: Literal["holm", "fdr_bh"]
 
 
 def seed_means(results: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """Means over seeds of each metric at the end of training, a row for each combination of ``by`` in order of appearance,
-    with 95 % intervals by Student's t (columns …_low and …_high, missing for one seed), and the number of seeds."""
+    """Means over seeds of each metric at the end of training, a row for each combination of ``by`` in order of
+    appearance: 95 % intervals by Student's t (columns …_low and …_high, missing for one seed), number of seeds."""
     end = results[results["epoch"].isna() & results["metric"].isin(list(metrics))]
     rows = []
     for key, part in end.groupby(list(by), sort=False, dropna=False):
@@ -3038,8 +3038,8 @@ def means_text(table: pd.DataFrame, metrics: Mapping[str, str], digits: int = 3)
     """For people: "mean (low to high)" for each metric of `seed_means`, under new column names; other columns stay."""
     out = table[[name for name in table if not any(str(name).startswith(metric) for metric in metrics)]].copy()
     for metric, title in metrics.items():
-        bounds = table[[metric, f"{metric}_low", f"{metric}_high"]].itertuples(index=False)
-        out[title] = [interval_text(*row, digits=digits) for row in bounds]
+        numbers = table[[metric, f"{metric}_low", f"{metric}_high"]].itertuples(index=False)
+        out[title] = [interval_text(mean, low, high, digits) for mean, low, high in numbers]
     return out
 
 
@@ -3099,8 +3099,8 @@ def check_folds(labels: np.ndarray, config: ProbeSettings) -> None:
                          "lower folds or take more text")
     kept = len(labels) - math.ceil(len(labels) / config.folds)
     if config.probe_stopping == "inner" and math.ceil(kept * config.probe_validation) < len(counts):
-        raise ValueError(f"{len(labels)} evaluation sentences are too few to watch {config.probe_validation:.0%} of the "
-                         f"training folds with {len(counts)} classes: raise probe_validation or take more text")
+        raise ValueError(f"{len(labels)} evaluation sentences are too few to watch {config.probe_validation:.0%} of "
+                         f"the training folds with {len(counts)} classes: raise probe_validation or take more text")
 
 
 def make_folds(labels: np.ndarray, config: ProbeSettings) -> Folds:
@@ -3122,10 +3122,10 @@ def make_folds(labels: np.ndarray, config: ProbeSettings) -> Folds:
 def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Folds, config: ProbeSettings) -> Probes:
     """The probes of all folds for each of G sets of states of the same sentences, one batched product a layer.
 
-    The same as training one after another: losses add up, so gradients and Adam's steps stay apart, and each has its own
-    patience (tested). Sets share starts, batches and dropout, so that they differ in their states alone. Folds train on
-    as many sentences as the smallest has, drawn anew each epoch. The best weights by watched loss are restored; with
-    ``probe_stopping="test"`` the last ones are kept. Probes that are done leave the products.
+    The same as training one after another: losses add up, so gradients and Adam's steps stay apart, and each has its
+    own patience (tested). Sets share starts, batches and dropout, so that they differ in their states alone. Folds
+    train on as many sentences as the smallest has, drawn anew each epoch. The best weights by watched loss are
+    restored; with ``probe_stopping="test"`` the last ones are kept. Probes that are done leave the products.
     """
     generator = torch.Generator().manual_seed(config.seed)
     n_folds, width, hidden, classes = len(folds.held), h.shape[2], config.probe_hidden, int(labels.max()) + 1
@@ -3179,8 +3179,8 @@ def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Fol
 
 @torch.no_grad()
 def score(probes: Probes, h: Float[Tensor, "V S D"], folds: Folds) -> Float[Tensor, "V S C"]:
-    """Log-probabilities that each sentence gets from the probe of the fold that holds it out. Probes of one set of states
-    score all V; probes of V sets score each its own."""
+    """Log-probabilities that each sentence gets from the probe of the fold that holds it out. Probes of one set of
+    states score all V; probes of V sets score each its own."""
     out = torch.empty(*h.shape[:2], probes.bias2.shape[2])
     for fold, rows in enumerate(folds.held):
         probe = Probes(*(p[fold::len(folds.held)] for p in probes))
@@ -3209,7 +3209,7 @@ def ablate(h: Float[Tensor, "... D"], v: Float[Tensor, "... D"]) -> Float[Tensor
 def remove(h: Float[Tensor, "... D"], removal: Removal, way: Way,
            centre: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     """States without a concept: by the paper's projection; by projection of what differs from the ``centre`` (the mean
-    state), which does not depend on where the origin lies; or by subtraction of what tells the concept from the mean."""
+    state), which does not depend on where the origin lies; or by subtraction of the concept's offset."""
     if way == "projection":
         return ablate(h, removal.vector)
     return centre + ablate(h - centre, removal.offset) if way == "centred" else h - removal.offset
@@ -3314,7 +3314,7 @@ class Trial:
     def removals(self, method: Any) -> dict[str, Removal]:
         """The concept of the salient word, and the controls:
 
-        gaussian, a random direction for each sentence; random code, that of a random word of any sentence (`used_codes`);
+        gaussian, a random direction for each sentence; random code, drawn as often as words have it (`used_codes`);
         random word, the concept of another word of the same sentence; other class, the salient concept of a random
         sentence that the model puts in another class; mean, the mean summary state; first component of the summaries.
         """
@@ -3344,7 +3344,7 @@ class Trial:
     def variants(self, method: Any,
                  ways: Sequence[Way] = get_args(Way)) -> dict[tuple[str, str], Float[Tensor, "S D"]]:
         """Changed summary states, by what is removed and how. Two controls take away as much, by norm, as the concept's
-        removal: ``matched norm`` in a random direction, ``random code, equal norm`` where that of the random code leads.
+        removal: ``matched norm`` in a random direction, ``random code, equal norm`` as the random code's removal does.
         Left out where they say nothing: the mean around itself, and subtraction of directions without a length."""
         h, mean, removals = self.summaries(method.layer), self.centre(method.layer).summary, self.removals(method)
         noise = torch.randn(h.shape, generator=self.draw("matched norm"))
@@ -3358,18 +3358,21 @@ class Trial:
 
     def results(self, method: Any, variants: Mapping[tuple[Any, ...], Float[Tensor, "S D"]], names: Sequence[str],
                 probes: Probes | None = None, probe: str = "frozen") -> pd.DataFrame:
-        """A row a sentence for each variant, whose key goes into the columns ``names``. Also: method, layer, probe, seed,
-        sentence, fold, label, predicted, correct, flipped (another answer than the frozen probe's to the state as it is),
-        share (of the state's squared norm that is gone), distance (what is gone, squared, in mean squared distances of
-        the states from their mean), p0, p1, … (probabilities)."""
+        """A row a sentence for each variant, whose key goes into the columns ``names``.
+
+        Also: method, layer, probe, seed, sentence, fold, label, predicted, correct, flipped (another answer than the
+        frozen probe's to the state as it is), share (of the state's squared norm that is gone), distance (what is gone,
+        squared, in mean squared distances of the states from their mean), p0, p1, … (probabilities).
+        """
         h, mean = self.summaries(method.layer), self.centre(method.layer).summary
         x = torch.stack(list(variants.values()))                                                    # (V, S, D)
         chances = score(probes or self.probes(method.layer), x, self.folds).exp()
         before = score(self.probes(method.layer), h[None], self.folds)[0].argmax(1)
         gone, label, predicted = (x - h).square().sum(2), self.labels.expand(len(x), -1), chances.argmax(2)
         keys = pd.DataFrame(list(variants), columns=list(names), dtype=object)
-        columns = {"label": label, "predicted": predicted, "correct": predicted == label, "flipped": predicted != before,
-                   "share": gone / h.square().sum(1), "distance": gone / (h - mean).square().sum(1).mean(),
+        columns = {"label": label, "predicted": predicted, "correct": predicted == label,
+                   "flipped": predicted != before, "share": gone / h.square().sum(1),
+                   "distance": gone / (h - mean).square().sum(1).mean(),
                    **{f"p{c}": chances[..., c] for c in range(chances.shape[2])}}
         return pd.DataFrame({
             "method": pd.Categorical([method.name]).repeat(label.numel()), "layer": method.layer,
@@ -3402,7 +3405,8 @@ def retrained(methods: Sequence[Any], trial: Trial, removed: Sequence[str] = ("c
     parts = []
     for layer in sorted({method.layer for method in methods}):
         chosen = [method for method in methods if method.layer == layer]
-        changed = [{key: x for key, x in trial.variants(method, ways).items() if key[0] in removed} for method in chosen]
+        changed = [{key: x for key, x in trial.variants(method, ways).items() if key[0] in removed}
+                   for method in chosen]
         x = torch.cat([torch.stack(list(variants.values())) for variants in changed])
         together = train_probes(x, trial.labels, trial.folds, trial.config)
         n = len(changed[0]) * len(trial.folds.held)                                         # probes of a method
@@ -3454,14 +3458,16 @@ def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1
     """A constant vector is added to every state and to every concept that is a point. No information changes, so the
     value of a valid metric stays.
 
-    The states are first brought to mean zero, then moved by ``sizes`` times their root mean square distance from the mean
-    (column shift), along random directions; and, as ``shift`` own, by as far as the model's own mean lies from zero. For
-    each, probes are trained anew on the moved states (probe retrained), and the probes of unmoved states are moved along
-    (probe moved: the first bias less the shift, the same function exactly). A row a shift: also direction (0, 1, …, or -1
-    for the model's own mean), size (length of the shift in those distances), accuracy and its `interval` (low, high).
+    The states are first brought to mean zero, then moved by ``sizes`` times their root mean square distance from the
+    mean (column shift), along random directions; and, as ``shift`` own, by as far as the model's own mean lies from
+    zero. For each, probes are trained anew on the moved states (probe retrained), and the probes of unmoved states are
+    moved along (probe moved: the first bias less the shift, the same function exactly). A row a shift: also direction
+    (0, 1, …, or -1 for the model's own mean), size (length of the shift in those distances), accuracy and its
+    `interval` over sentences (low, high).
     """
     parts, weights = [], resamples(len(trial.labels), trial.config)
-    removals = [("nothing", "none"), *itertools.product(("concept", "random code", "gaussian"), ("projection", "centred"))]
+    ways: tuple[Way, ...] = ("projection", "centred")
+    removals = [("nothing", ways[0]), *itertools.product(("concept", "random code", "gaussian"), ways)]
     for layer in sorted({method.layer for method in methods}):
         h, mean = trial.summaries(layer), trial.centre(layer).summary
         spread = (h - mean).square().sum(1).mean().sqrt()
@@ -3474,20 +3480,20 @@ def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1
         again, frozen = train_probes(moved, trial.labels, trial.folds, trial.config), trial.probes(layer)
         chosen = [method for method in methods if method.layer == layer]
         for method in tqdm(chosen, desc=f"shift test, layer {layer}", unit="method"):
-            taken = trial.removals(method)
+            nothing = {"nothing": Removal(torch.zeros_like(h), torch.zeros_like(h))}
+            taken = trial.removals(method) | nothing
             for removed, way in removals:
-                x = moved
-                if removed != "nothing":
-                    point = removed != "gaussian" and not method.directions
-                    vector, offset = taken[removed]
-                    x = remove(moved, Removal(vector + (shifts - mean if point else 0), offset), way, shifts)
+                moves = removed in ("concept", "random code") and not method.directions     # a point among the states
+                vector, offset = taken[removed]
+                x = remove(moved, Removal(vector + (shifts - mean if moves else 0), offset), way, shifts)
                 for probe, chances in (("retrained", score(again, x, trial.folds)),
                                        ("moved", score(frozen, x - shifts + mean, trial.folds))):
                     correct = (chances.argmax(2) == trial.labels).double().numpy()          # (G, S)
                     accuracy = pd.DataFrame([interval(row) for row in correct @ weights.T / len(h)])
                     parts.append(pd.DataFrame({
-                        "method": method.name, "layer": layer, "seed": trial.config.seed, "removed": removed, "way": way,
-                        "probe": probe, "shift": [size for size, _ in named], "direction": [i for _, i in named],
+                        "method": method.name, "layer": layer, "seed": trial.config.seed, "removed": removed,
+                        "way": "none" if removed == "nothing" else way, "probe": probe,
+                        "shift": [size for size, _ in named], "direction": [i for _, i in named],
                         "size": (shifts[:, 0].norm(dim=1) / spread).tolist(), "accuracy": accuracy["value"],
                         "low": accuracy["low"], "high": accuracy["high"]}))
     return pd.concat(parts, ignore_index=True)
@@ -3502,27 +3508,27 @@ class Edit(NamedTuple):
     everywhere: bool
     """Whether every position of the sentence is changed, or the summary alone."""
     direction: Tensor | Removal | None = None
-    """What is taken away in place of the removal, and as much of it (`remove_as_much`): (P, D), or another removal's."""
+    """What is taken away instead, and as much of it (`remove_as_much`): (P, D), or as another removal does."""
 
     def apply(self, states: Float[Tensor, "p T D"], centre: Float[Tensor, "p T D"],
               pairs: Int[Tensor, "p"]) -> Float[Tensor, "p T D"]:
         """The states of the sentences of these pairs, changed at each position."""
         def without(removal: Removal) -> Tensor:
-            return remove(states, Removal(*(part[pairs][:, None].to(states.device) for part in removal)), self.way, centre)
+            vector, offset = (part[pairs][:, None].to(states.device) for part in removal)
+            return remove(states, Removal(vector, offset), self.way, centre)
 
-        changed = without(self.removal)
         if self.direction is None:
-            return changed
+            return without(self.removal)
         if isinstance(self.direction, Removal):
-            return remove_as_much(states, changed, states - without(self.direction))
-        return remove_as_much(states, changed, self.direction[pairs][:, None].to(states.device))
+            return remove_as_much(states, without(self.removal), states - without(self.direction))
+        return remove_as_much(states, without(self.removal), self.direction[pairs][:, None].to(states.device))
 
 
 @torch.no_grad()
 def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: Centres, edits: Sequence[Edit],
                   config: Config) -> tuple[Float[Tensor, "S C"], list[Float[Tensor, "P C"]]]:
-    """The model's logits for its states of a layer as they are, and for each edit of them: changed states go back in, and
-    the blocks above run. Centred removals are around the mean word state, and at the summary around the mean summary."""
+    """The model's logits for its states of a layer as they are, and for each edit of them: changed states go back in,
+    and the blocks above run. Centred removals are around the mean word state, at summaries the mean summary."""
     encoded = encode(lm, texts, config)
     own = torch.empty(len(texts), lm.model.config.num_labels)
     edited = [torch.empty(len(edit.sentences), own.shape[1]) for edit in edits]
@@ -3558,22 +3564,22 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
     """
     tables, sentences = {}, torch.arange(len(texts))
     for layer in dict.fromkeys(method.layer for method in methods):
-        width, edits = trial.summaries(layer).shape[1], {}
-        noise = torch.randn(len(texts), width, generator=trial.draw("in model"))
+        edits: dict[tuple[int, str, str, str], Edit] = {}
+        noise = torch.randn(trial.summaries(layer).shape, generator=trial.draw("in model"))
         for i, method in enumerate(methods):
             if method.layer == layer:
                 removals = trial.removals(method)
-                directions = {"matched norm": noise, EQUAL_NORM: removals["random code"]}
+                directions: dict[str, Any] = {"matched norm": noise, EQUAL_NORM: removals["random code"]}
                 for name, way in itertools.product(dict.fromkeys(("concept", *controls)), ways):
                     if removal := removals["concept"] if name in directions else removals.get(name):
                         edits |= {(i, name, way, where): Edit(sentences, removal, way, everywhere, directions.get(name))
                                   for where, everywhere in (("summary", False), ("every position", True))}
         own, edited = answer_edited(lm, texts, layer, trial.centre(layer), list(edits.values()), config)
         before, choice = own.log_softmax(1), own.argmax(1)
-        for (i, name, way, where), logits in zip(edits, edited, strict=True):
+        for (i, name, how, where), logits in zip(edits, edited, strict=True):
             after, predicted = logits.log_softmax(1), logits.argmax(1)
-            tables[i, name, way, where] = pd.DataFrame({
-                "method": methods[i].name, "layer": layer, "removed": name, "way": way, "where": where,
+            tables[i, name, how, where] = pd.DataFrame({
+                "method": methods[i].name, "layer": layer, "removed": name, "way": how, "where": where,
                 "seed": trial.config.seed, "sentence": sentences.numpy(), "label": trial.labels.numpy(),
                 "predicted": predicted.numpy(), "correct": (predicted == trial.labels).numpy(),
                 "flipped": (predicted != choice).numpy(),
@@ -3584,12 +3590,11 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
 
 def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tokens: pd.DataFrame, centres: Centres,
                     use: Float[np.ndarray, "K"], config: Config, controls: int = 3) -> pd.DataFrame:
-    """What happens to the language model's own answer when a concept is taken out of every position of a sentence, around
-    the mean.
+    """The language model's own answer when a concept is taken out of every position of a sentence, around the mean.
 
     ``tokens`` has the positions of the texts and a column concept. Each concept of a sentence's words is tried, and
-    ``controls`` random others, drawn in proportion to ``use`` (how many states each has). A row each: sentence, concept,
-    control, confidence (change of the probability of the model's own answer), flipped (another answer).
+    ``controls`` random others, drawn in proportion to ``use`` (how many states each has). A row each: sentence,
+    concept, control, confidence (change of the probability of the model's own answer), flipped (another answer).
     """
     draw = torch.Generator().manual_seed(config.seed)
     others = torch.multinomial(torch.as_tensor(use).double(), len(texts) * controls, True, generator=draw).numpy()
@@ -3618,7 +3623,7 @@ def agreement(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -
 
 
 def matched(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K"]:
-    """`agreement` if no two codes are matched with the same one of the other codebook, as well as can be (Hungarian)."""
+    """`agreement` when each code has a partner of its own in the other codebook, as well as can be (Hungarian)."""
     from scipy.optimize import linear_sum_assignment
 
     shares = overlaps(codes, others, n_codes)
@@ -3634,31 +3639,32 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
     """A row a variant: means over sentences and seeds, each with its 95 % `interval` (columns …_low and …_high).
 
     ``values`` are accuracy, auc (one class against the others, mean over classes) or any column of the results. covers
-    says what the intervals cover; accuracy_sd_seeds is the deviation over seeds, accuracy_sd_folds the paper's, over folds.
-    change: accuracy less that of the same variant with ``against`` removed (or with these values in the columns that tell
-    variants apart), paired by sentence and by the seeds that both have; missing where there is none. change_p_holm is
-    its p value (change_p), adjusted for all the changes of the table.
+    says what the intervals cover; accuracy_sd_seeds is the deviation over seeds, accuracy_sd_folds the paper's, over
+    folds. change: accuracy less that of the same variant with ``against`` removed (or with these values in the columns
+    that tell variants apart), paired by sentence and by the seeds that both have; missing where there is none.
+    change_p_holm is its p value (change_p), adjusted for all the changes of the table.
     """
     keys, sentences = [name for name in VARIANT if name in results], results["sentence"].nunique()
     weights = resamples(sentences, config)
-    classes = [name for name in results if re.fullmatch(r"p\d+", str(name))]
+    classes = sum(bool(re.fullmatch(r"p\d+", str(name))) for name in results)
+    tested = range(classes)[classes == 2:]                                                  # of two classes, the second
     rows: dict[tuple, dict[str, Any]] = {}
     correct: dict[tuple, pd.DataFrame] = {}
     for key, part in results.groupby(keys, sort=False, observed=True):
         part = part.sort_values(["seed", "sentence"])
         seeds = part["seed"].unique()
-        arrays = {name: part[name].to_numpy().reshape(len(seeds), sentences) for name in part if name not in keys}
-        correct[key] = pd.DataFrame(arrays["correct"].astype(float), seeds)
+        columns = {name: part[name].to_numpy().reshape(len(seeds), sentences) for name in part if name not in keys}
+        columns["accuracy"] = columns["correct"].astype(float)
+        correct[key] = pd.DataFrame(columns["accuracy"], seeds)
         row: dict[str, Any] = {"seeds": len(seeds)}
         for value in values:
             if value == "auc":
-                tested = list(enumerate(classes))[len(classes) == 2:]                       # of two classes, the second
-                areas = [np.mean([auc(chances, labels == c, weights) for c, name in tested for chances in [arrays[name][i]]], 0)
-                         for i, labels in enumerate(arrays["label"])]
-                found = interval(np.stack(areas))
+                areas = [[auc(columns[f"p{c}"][i], labels == c, weights) for c in tested]
+                         for i, labels in enumerate(columns["label"])]
+                estimate = interval(np.mean(areas, 1))
             else:
-                found = interval(arrays["correct" if value == "accuracy" else value] @ weights.T / sentences)
-            row |= {**found.columns(value), "covers": found.covers}
+                estimate = interval(columns[value] @ weights.T / sentences)
+            row |= {**estimate.columns(value), "covers": estimate.covers}
         row["accuracy_sd_seeds"] = correct[key].mean(axis=1).std()
         if "fold" in part:
             by_fold = part.groupby(["seed", "fold"])["correct"].mean()
@@ -3672,7 +3678,9 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
             change = interval(difference.to_numpy() @ weights.T / sentences)
             row |= {**change.columns("change"), "change_p": change.p if other != key else math.nan}
     table = pd.DataFrame([{**dict(zip(keys, key, strict=True)), **row} for key, row in rows.items()])
-    return table.assign(change_p_holm=adjust_p_values(table["change_p"])) if "change_p" in table else table
+    if "change_p" in table:
+        table["change_p_holm"] = adjust_p_values(table["change_p"].to_numpy())
+    return table
 
 
 def removal_table(results: pd.DataFrame, config: ProbeSettings, way: Way = "projection") -> pd.DataFrame:
@@ -3700,9 +3708,8 @@ def rationale_words(text: str, rationale: str, how: str = "unicode") -> range:
 
 def rationale_overlap(tokens: pd.DataFrame, texts: Sequence[str], rationales: Sequence[str],
                       how: str = "unicode") -> pd.DataFrame:
-    """Does the most salient word lie in the span that people marked as evidence? A row a sentence whose span is found and is
-    not all of it: sentence, hit, chance (share of its words in the span: a word at random), first (hit of its first
-    word), last."""
+    """Does the most salient word lie in the span that people marked as evidence? A row a sentence whose span is found
+    and is not all of it: sentence, hit, chance (share of words in the span), first (hit of its first word), last."""
     words, rows = tokens[~tokens["is_summary"]], []
     top = words.loc[words.groupby("sentence")["salience"].idxmax()].set_index("sentence")["position"] - 1
     for sentence, (text, rationale) in enumerate(zip(texts, rationales, strict=True)):
@@ -3739,8 +3746,8 @@ def planted_task(sentences: int, n_codes: int, width: int, mean: float, seed: in
 
 def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1),
                 ways: Sequence[Way] = get_args(Way)) -> pd.DataFrame:
-    """Each concept in turn is taken out of every summary: a row a way and value (fall of the accuracy, of the area under
-    the ROC curve): best rank of the causal ones among all K (1 is best) and how far they lead the best of the others."""
+    """Each concept in turn is taken out of every summary: a row a way and value (fall of the accuracy, of the area
+    under the ROC curve): best rank of the causal ones among all K (1 is best), and their lead over the best other."""
     h, mean, rows = trial.summaries(method.layer), trial.centre(method.layer).summary, []
     removals = {k: trial.of_codes(method, torch.full((len(h),), k), trial.salient) for k in range(len(method.vectors))}
     for way in ways:

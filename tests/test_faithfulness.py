@@ -265,7 +265,8 @@ def test_results_have_a_row_for_each_sentence_and_variant_with_what_was_predicte
     trial = planted[0]
     assert results.columns.tolist() == ["method", "layer", "removed", "way", "probe", "seed", "sentence", "fold", "label", "predicted",
                                         "correct", "flipped", "share", "distance", "p0", "p1"]  # fmt: skip
-    controls = {"gaussian", "random code", "random word", "other class", "mean", "first component", "matched norm", "random code, equal norm"}
+    controls = {"gaussian", "random code", "random word", "other class", "mean", "first component", "matched norm",
+                "random code, equal norm"}  # fmt: skip
     left_out = {("centred", "mean"), *(("subtraction", name) for name in ("mean", "gaussian", "first component"))}
     frozen = {(way, name) for way in ("projection", "centred", "subtraction") for name in {"concept", *controls}} - left_out
     own = results[results["method"] == "planted"]

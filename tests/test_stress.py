@@ -247,7 +247,8 @@ def test_each_method_is_centred_on_the_mean_of_what_its_vectors_are_averages_of_
 def test_of_a_direction_as_much_is_removed_as_the_word_has(transparent):
     trial, _ = transparent
     directions = torch.tensor([[2.0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0.5, 0, 0, 0, 0, 0]])
-    method = clvq.Concepts("directions", 0, directions, directions=True, scores=lambda states: states[:, [0, 2]], centre=trial.centre(0).word)
+    method = clvq.Concepts("directions", 0, directions, directions=True, scores=lambda states: states[:, [0, 2]],
+                           centre=trial.centre(0).word)  # fmt: skip
     found, word = trial.removals(method)["concept"], trial.test.states[0][trial.salient]
     axis = torch.where(word[:, 0] >= word[:, 2], 0, 2)
     assert torch.equal(found.vector, directions[axis // 2])
