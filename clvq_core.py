@@ -1228,7 +1228,7 @@ def predict(lm: LanguageModel, encoded: Encoded, config: Config) -> Float[Tensor
 
 
 def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator) -> list[Int[Tensor, "B"]]:
-    """Shuffled batches of ``size`` sentences of like length (sorted within pools of 16 batches), with little padding."""
+    """Shuffled batches of ``size`` sentences of like length, sorted within pools of 16 batches, so little is padding."""
     pools = torch.randperm(len(lengths), generator=generator).split(16 * size)
     batches = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
@@ -1382,7 +1382,7 @@ def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
         same &= lm.tokenizer(text).input_ids != lm.tokenizer(text.replace(" ", "")).input_ids
         unknown = lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids
         require(same or unknown, f"its tokenizer reads {text!r} as {read!r}")
-    lm.block_list()                                                                         # refuses a model without one
+    lm.block_list()                                                                         # refused without one
     try:
         (ids, mask), logits = pad_ids(lm, encoded, torch.arange(2)), logits_of_texts(0, 1)
         others = {"the texts beside a text change its logits": torch.cat([logits_of_texts(0), logits_of_texts(1)])}
