@@ -1228,7 +1228,7 @@ def predict(lm: LanguageModel, encoded: Encoded, config: Config) -> Float[Tensor
 
 
 def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator) -> list[Int[Tensor, "B"]]:
-    """Shuffled batches of ``size`` sentences of like length, sorted within pools of 16 batches, so little is padding."""
+    """Shuffled batches of ``size`` sentences of like length, sorted within pools of 16, so little is padding."""
     pools = torch.randperm(len(lengths), generator=generator).split(16 * size)
     batches = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
