@@ -1241,7 +1241,7 @@ def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
     ids, word = [], []
     encodings = open_ended(lm.tokenizer, asked) if lm.prompt else lm.tokenizer(asked, verbose=False).encodings
     for text, names, encoding in zip(texts, words, encodings, strict=True):
-        begin, end, word_ends = len(before), len(before) + len(text), []
+        begin, end, word_ends = len(before), len(before) + len(text), list[int]()
         for name in names:
             word_ends.append(text.index(name, word_ends[-1] if word_ends else 0) + len(name))
         starts, ends = np.array(encoding.offsets).T
@@ -1290,7 +1290,7 @@ def predict(lm: LanguageModel, encoded: Encoded, config: Config) -> Float[Tensor
 
 
 def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator) -> list[Int[Tensor, "B"]]:
-    """Shuffled batches of ``size`` sentences of like length (sorted within pools of 16 batches), with little padding."""
+    """Shuffled batches of ``size`` sentences of like length, sorted within pools of 16, so little is padding."""
     pools = torch.randperm(len(lengths), generator=generator).split(16 * size)
     batches = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
@@ -1444,6 +1444,7 @@ def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
         same &= lm.tokenizer(text).input_ids != lm.tokenizer(text.replace(" ", "")).input_ids
         unknown = lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids
         require(same or unknown, f"its tokenizer reads {text!r} as {read!r}")
+    lm.block_list()                                                                         # refused without one
     try:
         (ids, mask), logits = pad_ids(lm, encoded, torch.arange(2)), logits_of_texts(0, 1)
         others = {"the texts beside a text change its logits": torch.cat([logits_of_texts(0), logits_of_texts(1)])}
@@ -1454,8 +1455,8 @@ def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
             states = layer_states(lm, [layer], ids, mask)[layer]
             with blocks_above(lm, layer) as logits_of:
                 others[f"states of layer {layer} put back there do not give its logits"] = logits_of(states, mask)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"model {lm.name!r} cannot be explained here: its blocks do not run apart "
+    except Exception as error:
+        raise ValueError(f"model {lm.name!r} cannot be explained here: it does not run block by block "
                          f"({type(error).__name__})") from error
     require(bool(logits.isfinite().all()), "its logits are not finite")
     tolerance = (1e-3 if lm.model.base_model.dtype == torch.float32 else 5e-2) * max(1.0, float(logits.abs().max()))

@@ -379,6 +379,14 @@ def test_a_model_that_cannot_run_in_parts_is_refused(refused, tmp_path, family, 
         clvq.check_model(lm, [1])
 
 
+def test_a_model_that_fails_when_it_runs_is_refused_with_its_name(refused, tmp_path, monkeypatch):
+    lm = clvq.load_language_model(save_encoder(tmp_path, "Bert", "wordpiece"))
+    for error in (ValueError("You must\nspecify. More"), IndexError("out of range")):
+        monkeypatch.setattr(lm.model, "forward", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with refused(str(tmp_path), type(error).__name__):
+            clvq.check_model(lm, [1])
+
+
 def test_a_model_without_finite_logits_is_refused(refused, tmp_path):
     lm = clvq.load_language_model(save_encoder(tmp_path, "Bert", "wordpiece"))
     lm.model.classifier.bias.data[0] = torch.inf
