@@ -2479,7 +2479,7 @@ def clusters(acts: Activations, layer: int, how: Literal["ward", "kmeans++", "sp
         if how != "random":
             operations = 2 * n * k * width * (config.start_iterations + 2 + math.log(k))
             announce_cost(f"{CLUSTERS[how]} of {n:,} states", operations, 8 * n * width)
-        vectors, _ = start_codebook(states, config.subset(ModelSettings).replace(start=how), generator)
+        vectors, _ = start_codebook(states, config.replace(start=how), generator)
     return Concepts(CLUSTERS[how], layer, vectors, centre=moments(states)[0].float())
 
 
@@ -2977,8 +2977,8 @@ def interval(statistics: Float[np.ndarray, "G R"]) -> Interval:
     interval covers seeds alone), the same ones for every training (`resamples`). With one training the interval is the
     percentile bootstrap's. With several, the variances over resamples and over trainings add up, for a t quantile with
     Satterthwaite's (1946) degrees of freedom: of 3 seeds x 200 and 1,000 sentences it covered 96 % of simulated truths
-    without variance of seeds, 94-95 % where it was that of sentences, 93-94 % where it dominated (the percentile
-    bootstrap over both: 96, 91, 74-76 %; with 2 seeds 95-97, 92-93, 89 %).
+    without variance of seeds, 94-95 % where it was that of sentences, 92-94 % where it dominated (the percentile
+    bootstrap over both: 96, 91, 74-76 %; with 2 seeds 95-97, 92-94, 89 %).
     """
     from scipy.stats import t
 
@@ -3247,6 +3247,12 @@ class Centres(NamedTuple):
     word: Float[Tensor, "D"]
     """The mean of the words."""
 
+    @classmethod
+    def of(cls, acts: Activations, layer: int) -> Centres:
+        states, summary = acts.states[layer], torch.from_numpy(acts.tokens["is_summary"].to_numpy().copy())
+        h = states[summary].float()
+        return cls(h.mean(0), torch.linalg.eigh(torch.cov(h.T))[1][:, -1], states[~summary].float().mean(0))
+
 
 class Trial:
     """The evaluation sentences, and what all tests of this section share: folds, probes, means, salient words.
@@ -3280,9 +3286,7 @@ class Trial:
 
     def centre(self, layer: int) -> Centres:
         """Of the training states."""
-        states, summary = self.train.states[layer], torch.from_numpy(self.train.tokens["is_summary"].to_numpy().copy())
-        h = states[summary].float()
-        return Centres(h.mean(0), torch.linalg.eigh(torch.cov(h.T))[1][:, -1], states[~summary].float().mean(0))
+        return Centres.of(self.train, layer)
 
     def probes(self, layer: int) -> Probes:
         """Probes of all folds, trained on the states as they are."""
@@ -4526,7 +4530,7 @@ class Pipeline:
         acts, config = self.activations("train"), self.config
         rows = acts.rows(split_sentences(len(acts.lengths), config)[0])
         generator = torch.Generator().manual_seed(config.seed)
-        codes, counts = start_codebook(acts.states[layer], config.subset(ModelSettings), generator, rows)
+        codes, counts = start_codebook(acts.states[layer], config, generator, rows)
         return {"codes": codes, "counts": counts}
 
     @Step(1, names_of(ModelSettings, TrainSettings),
@@ -4726,15 +4730,20 @@ class Pipeline:
         texts = self.test["text"].tolist()
         return in_model(self.named(methods), self.trial, self.language_model, texts, self.config, controls=controls)
 
-    @Step(1, ["seed", *IN_MODEL],
-          lambda p: [p.call("vqvae", *p.layers), p.trial_calls])
+    @Step(1, ["seed", "n_codes", *IN_MODEL],
+          lambda p: [p.call("vqvae", *p.layers), p.states_call("train"), p.states_call("test")])
     def effects(self) -> pd.DataFrame:
         """What removing each concept does to the language model's answers to the evaluation sentences that have it;
         `concept_effects`."""
-        model, trial, layer = self.clvqvae, self.trial, self.layers[0]
-        tokens = trial.test.tokens.assign(concept=model.assign(trial.test.states[layer]).numpy())
-        return concept_effects(model, self.language_model, self.test["text"].tolist(), tokens, trial.centre(layer),
-                               self.code_use, self.config)
+        model, acts, layer = self.clvqvae, self.activations("test"), self.layers[0]
+        tokens = acts.tokens.assign(concept=model.assign(acts.states[layer]).numpy())
+        return concept_effects(model, self.language_model, self.test["text"].tolist(), tokens, self.centres, self.code_use,
+                               self.config)
+
+    @cached_property
+    def centres(self) -> Centres:
+        """Means of the source layer's training states."""
+        return Centres.of(self.activations("train"), self.layers[0])
 
     @cached_property
     def stability(self) -> pd.Series:
@@ -4799,8 +4808,7 @@ class Pipeline:
             tokens, logits = attribute(lm, [text], layer, self.config)
             states = extract(lm, [text], [layer], self.config, Path(folder), filtered=False).states[layer].clone()
             tokens["concept"] = model.assign(states).numpy()
-            centres = self.trial.centre(layer)
-            effects = concept_effects(model, lm, [text], tokens, centres, self.code_use, self.config, controls)
+            effects = concept_effects(model, lm, [text], tokens, self.centres, self.code_use, self.config, controls)
         chances = pd.Series(logits[0].softmax(0).numpy(), self.label_names).sort_values(ascending=False, kind="stable")
         changes = effects[~effects["control"]].set_index("concept")["confidence"]
         random = effects.loc[effects["control"], "confidence"]

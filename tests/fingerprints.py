@@ -43,6 +43,19 @@ def comments(code: str) -> list[tuple[int, int]]:
     return [(row - bool(indent), column) for row, column in found]
 
 
+def used_names(node: ast.AST) -> set[str]:
+    """Names that a definition takes from the module, and methods of the pipeline that it calls; decorators aside."""
+    body = [*ast.walk(node)]
+    for decorator in getattr(node, "decorator_list", []):
+        inside = {id(n) for n in ast.walk(decorator)}
+        body = [n for n in body if id(n) not in inside]
+    names = [n for n in body if isinstance(n, ast.Name)]
+    local = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {n.arg for n in body if isinstance(n, ast.arg)}
+    methods = {f"Pipeline.{n.attr}" for n in body if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+               and n.value.id in ("self", "pipeline", "run", "other")}
+    return {n.id for n in names if n.id not in local} | methods
+
+
 def units(path: Path) -> dict[str, tuple[str, set[str]]]:
     """Name to bare code and the names it uses: functions, classes and constants of the module, and methods of the pipeline."""
     text = path.read_text("utf8")
@@ -53,6 +66,8 @@ def units(path: Path) -> dict[str, tuple[str, set[str]]]:
     for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef) and node.name == "Pipeline":
             parts = [(f"Pipeline.{n.name}", n) for n in node.body if isinstance(n, ast.FunctionDef)]
+        elif isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith(("Settings", "BaseModel")) for base in node.bases):
+            parts = []                                                                      # their values are in the keys
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             parts = [(node.name, node)]
         elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -61,9 +76,7 @@ def units(path: Path) -> dict[str, tuple[str, set[str]]]:
         else:
             parts = []
         for name, part in parts:
-            names = {n.id for n in ast.walk(part) if isinstance(n, ast.Name)}
-            names |= {f"Pipeline.{n.attr}" for n in ast.walk(part) if isinstance(n, ast.Attribute)}
-            found[name] = bare(text, part, starts), names
+            found[name] = bare(text, part, starts), used_names(part)
     return found
 
 
