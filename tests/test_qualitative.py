@@ -54,7 +54,8 @@ def test_one_concept_alone_has_finite_log_odds():
 @pytest.mark.parametrize(
     "word, form, suffix",
     [("film", "lower", ""), ("Film", "Title", ""), ("USA", "UPPER", ""), ("1999", "number", ""),
-     ("!?", "punctuation", ""), ("a", "lower", ""), ("A", "Title", ""), ("moving", "lower", "ing"), ("thing", "lower", ""), ("eBay", "other", ""),
+     ("!?", "punctuation", ""), ("a", "lower", ""), ("A", "Title", ""), ("moving", "lower", "ing"),
+     ("thing", "lower", ""), ("eBay", "other", ""),
      ("映画", "other", ""), ("watchable", "lower", "able"), ("10th", "number", ""), ("Café", "Title", ""),
      ("so-so", "lower", "")],
 )  # fmt: skip
