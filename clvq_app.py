@@ -458,10 +458,9 @@ class AnswerStore:
     """
 
     def __init__(self, folder: Path, most_raters: int = 200) -> None:
-        path = folder / "study.json"
-        if not path.exists():
-            raise ValueError(f"{folder} is no study: it has no study.json (clvq annotate makes one)")
-        study = json.loads(content := path.read_text("utf8"))
+        if not (folder / "study.json").exists() or not (folder / "clouds" / "practice.png").exists():
+            raise ValueError(f"{folder} is no study: it has no study.json, or no clouds (clvq annotate makes both)")
+        study = json.loads(content := (folder / "study.json").read_text("utf8"))
         self.name = f"clvq-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
         self.folder, self.most_raters = folder, most_raters
         self.classes, self.seed, self.practice = study["classes"], study["seed"], study["practice"]
@@ -635,7 +634,7 @@ class RatingPage:
         degrees = widgets.ToggleButtons(
             options=[(str(degree), degree) for degree in range(1, 11)], value=confidence or None,
             description="How confident are you, from 1 (just guessing) to 10 (certain)?",
-            style={"button_width": "2.2rem", "description_width": "initial"})
+            style={"button_width": "2.7rem", "description_width": "initial"})
         notice, back = widgets.HTML(), self.button("Back", lambda: self.move(-1), style="", disabled=self.place < 1)
         forward = self.button("Next", lambda: self.move(1), disabled=not label)
 

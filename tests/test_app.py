@@ -93,7 +93,8 @@ def test_a_librarys_error_is_called_unexpected_and_its_traceback_is_shown_on_dem
 @pytest.mark.parametrize(("error", "code", "words"), [
     (OSError(28, "No space left on device"), 1, "clvq: [Errno 28] No space left on device"),
     (KeyError("x"), 1, "clvq: unexpected KeyError in test_app.py: 'x' (clvq --debug COMMAND … shows the traceback)"),
-    (RuntimeError("of\nmany lines"), 1, "clvq: unexpected RuntimeError in test_app.py: of (clvq --debug COMMAND … shows the traceback)"),
+    (RuntimeError("two\nlines"), 1,
+     "clvq: unexpected RuntimeError in test_app.py: two (clvq --debug COMMAND … shows the traceback)"),
 ])  # fmt: skip
 def test_every_error_is_one_line(monkeypatch, tmp_path, capsys, error, code, words):
     def fail(_):
@@ -115,7 +116,12 @@ def test_our_own_sentence_is_shown_as_it_is(tmp_path, capsys):
 
 def others(folder: Path) -> None:
     """What somebody keeps in a folder that is no cache of ours."""
-    for name, record in {"x-y": '{"name": "conda"}', "a-list": "[1]", "broken-1": "{", "half-1": '{"clvq": "0.1.0"}'}.items():
+    for name, record in {
+        "x-y": '{"name": "conda"}',
+        "a-list": "[1]",
+        "broken-1": "{",
+        "half-1": '{"clvq": "0.1.0"}',
+    }.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "environment.json").write_text(record)
     (folder / "my-thesis").mkdir()
@@ -191,4 +197,7 @@ def test_annotate_makes_no_study_again_and_counts_the_raters_who_answered(study,
     content = (study.folder / "study.json").read_bytes()
     assert clvq_app.main(["annotate", str(study.folder), "--make-only"]) == 0
     assert "12 items, answers of 1 raters" in capsys.readouterr().out
-    assert (study.folder / "study.json").read_bytes() == content and json.loads(content)["classes"] == ["negative", "positive"]
+    assert (study.folder / "study.json").read_bytes() == content and json.loads(content)["classes"] == [
+        "negative",
+        "positive",
+    ]

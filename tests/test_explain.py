@@ -196,3 +196,25 @@ def test_the_command_explains_a_text_and_writes_a_page(pipeline, tmp_path, capsy
     assert page.read_text("utf8").startswith("<!doctype html>")
     assert clvq_app.main(["explain", " ", "--scale", "smoke", *settings]) == 2
     assert clvq_app.main(["explain", "film", "--data", "nowhere.csv"]) == 2
+
+
+# --- what people are asked --------------------------------------------------------------------------------------------
+
+
+def test_the_command_makes_a_study_of_clouds_that_says_nothing_of_methods_predictions_and_sentences(pipeline, tmp_path, capsys):
+    settings = [part for name, value in {**QUICK, "seeds": 2}.items() for part in ("-p", name, str(value))]
+    command = ["annotate", str(tmp_path / "study"), "--scale", "smoke", "--sentences", "6", "--make-only", *settings]
+    assert clvq_app.main(command) == 0 and "12 items, answers of 0 raters" in capsys.readouterr().out
+    key, study = pd.read_parquet(tmp_path / "study" / "key.parquet"), clvq.read_study(tmp_path / "study")
+    assert key["method"].value_counts().to_dict() == {"CLVQ-VAE": 6, "Ward clusters": 6} and key["sentence"].nunique() == 6
+    seen = (tmp_path / "study" / "study.json").read_text("utf8")
+    assert set(study) == {"classes", "seed", "practice", "items"} and set(study["items"][0]) == {"id", "group", "words"}
+    assert not any(method in seen for method in ("CLVQ", "Ward", "predicted")) and study["classes"] == pipeline.label_names
+    drawn = {path.stem for path in (tmp_path / "study" / "clouds").iterdir()}
+    assert drawn == {"practice", *key["item"]} == {"practice", *(item["id"] for item in study["items"])}
+    texts, labels = pipeline.train["text"], [pipeline.label_names[label] for label in pipeline.train["label"]]
+    answers = clvq.simulated_answers(tmp_path / "study", texts, labels, raters=3)
+    assert len(answers) == 3 * 12 and clvq.study_answers(tmp_path / "study").empty
+    assert set(clvq.study_answers(tmp_path / "study").columns) == set(answers.columns)
+    with pytest.raises(ValueError, match="is no study"):
+        clvq_app.AnswerStore(tmp_path)

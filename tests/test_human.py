@@ -29,7 +29,17 @@ def write_study(folder: Path, sentences: int = 6, methods: tuple[str, ...] = ("C
             tag, good = f"{sentence}{method[0]}", sentence % 2 == 0
             items.append({"id": tag, "group": sentence, "words": dict.fromkeys(GOOD if good else BAD, 3)})
             predicted = "positive" if good else "negative"
-            rows.append(dict(item=tag, sentence=sentence, method=method, concept=0, predicted=predicted, label="positive", outcome="TP"))
+            rows.append(
+                dict(
+                    item=tag,
+                    sentence=sentence,
+                    method=method,
+                    concept=0,
+                    predicted=predicted,
+                    label="positive",
+                    outcome="TP",
+                )
+            )
     clvq.write_study(folder, ["negative", "positive"], 1, items, pd.DataFrame(rows))
     return folder
 
@@ -54,7 +64,9 @@ def test_outcomes_are_named_by_the_second_class_being_the_positive_one():
     assert clvq.outcomes(labels, predicted, 3).tolist() == ["right", "wrong", "wrong", "right"]
 
 
-@pytest.mark.parametrize("n, expected", [(8, [2, 2, 2, 2]), (19, [5, 5, 5, 4]), (4, [1, 1, 1, 1]), (30, [13, 10, 5, 2])])
+@pytest.mark.parametrize(
+    "n, expected", [(8, [2, 2, 2, 2]), (19, [5, 5, 5, 4]), (4, [1, 1, 1, 1]), (30, [13, 10, 5, 2])]
+)
 def test_a_sample_is_as_even_as_it_can_be_and_depends_on_the_seed_alone(n, expected):
     kinds = np.repeat(["TP", "TN", "FP", "FN"], [40, 10, 5, 2] if n == 30 else [40, 10, 10, 10])
     chosen = clvq.balanced_sample(kinds, n, seed=3)
@@ -86,7 +98,9 @@ def test_an_answer_is_there_for_its_rater_alone_and_a_later_one_takes_its_place(
     assert one not in answers.to_json() and one != other and len(one) >= 20
 
 
-@pytest.mark.parametrize("answer", [("none", "positive", 5), ("0C", "no class", 5), ("0C", "positive", 0), ("0C", "positive", 11)])
+@pytest.mark.parametrize(
+    "answer", [("none", "positive", 5), ("0C", "no class", 5), ("0C", "positive", 0), ("0C", "positive", 11)]
+)
 def test_what_is_no_answer_is_refused_and_nothing_is_lost(study, answer):
     token = study.join()
     study.save(token, "0C", "positive", 5)
@@ -126,7 +140,9 @@ def test_what_was_saved_before_a_kill_is_there(study):
         "    study.save(token, item, 'positive', i % 10 + 1); print(item, i % 10 + 1, flush=True)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(clvq.__file__).parent)}
-    with subprocess.Popen([sys.executable, "-c", code, str(study.folder)], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(study.folder)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout
         token, said = process.stdout.readline().strip(), {}
         for _ in range(40):
@@ -134,7 +150,9 @@ def test_what_was_saved_before_a_kill_is_there(study):
             said[item] = ("positive", int(confidence))
         process.send_signal(signal.SIGKILL)
     kept = study.answers_of(token)
-    assert kept.keys() == said.keys() and sum(kept[item] == said[item] for item in said) >= len(said) - 1  # one more may have been saved
+    assert (
+        kept.keys() == said.keys() and sum(kept[item] == said[item] for item in said) >= len(said) - 1
+    )  # one more may have been saved
 
 
 def test_every_rater_has_every_item_once_and_methods_take_turns(study):
@@ -182,7 +200,11 @@ def test_a_browser_that_has_a_token_goes_on_with_it_by_address_or_by_cookie(stud
     token = study.join()
     for item in study.order(token)[:answered]:
         study.save(token, item, "positive", 5)
-    for query, cookies in [(f"rater={token}", ""), ("", f"_xsrf=2|a; {study.name}={token}; b=c"), ("rater=x", f"{study.name}={token}")]:
+    for query, cookies in [
+        (f"rater={token}", ""),
+        ("", f"_xsrf=2|a; {study.name}={token}; b=c"),
+        ("rater=x", f"{study.name}={token}"),
+    ]:
         page = clvq_app.RatingPage(study.folder, query, cookies)
         assert page.token == token and page.place == answered and joined(study) == 1
         (script,) = (output["data"]["application/javascript"] for output in page.script.outputs)
@@ -190,9 +212,14 @@ def test_a_browser_that_has_a_token_goes_on_with_it_by_address_or_by_cookie(stud
         assert ("Thank you" if answered == 12 else f"{answered + 1} of 12") in shown(page)
 
 
-@pytest.mark.parametrize("query, cookies", [("", ""), ("rater=x", ""), ("rater=", "; =; clvq"), ("rater=%00'--", '"\\;=')])
+@pytest.mark.parametrize(
+    "query, cookies", [("", ""), ("rater=x", ""), ("rater=", "; =; clvq"), ("rater=%00'--", '"\\;=')]
+)
 def test_any_other_browser_is_welcomed(study, query, cookies):
-    assert "What do these words tell you?" in shown(clvq_app.RatingPage(study.folder, query, cookies)) and joined(study) == 0
+    assert (
+        "What do these words tell you?" in shown(clvq_app.RatingPage(study.folder, query, cookies))
+        and joined(study) == 0
+    )
 
 
 def test_a_study_that_has_its_raters_says_so_and_one_who_answered_nothing_does_not_count(study):
@@ -227,7 +254,9 @@ def test_an_answer_is_saved_once_it_is_whole_and_the_practice_is_not_saved(study
 
 
 def test_what_stands_in_a_study_is_no_markup_on_the_page(tmp_path):
-    clvq.write_study(tmp_path, ["<b>", "b"], 0, [{"id": "a", "group": 0, "words": {'"><script>': 2}}], pd.DataFrame({"item": ["a"]}))
+    clvq.write_study(
+        tmp_path, ["<b>", "b"], 0, [{"id": "a", "group": 0, "words": {'"><script>': 2}}], pd.DataFrame({"item": ["a"]})
+    )
     cloud = clvq_app.AnswerStore(tmp_path).cloud("a")
     assert "<script" not in cloud and "&quot;&gt;&lt;script&gt; 2" in cloud and cloud.count("<") == 1
 
@@ -238,7 +267,16 @@ def test_what_stands_in_a_study_is_no_markup_on_the_page(tmp_path):
 def rated(matrix: list[list[float]], method: str = "CLVQ-VAE") -> pd.DataFrame:
     """Answers from raters x items; NaN where there is none."""
     rows = [
-        dict(rater=r, item=f"{method}{i}", sentence=i, answer=str(value), confidence=5, method=method, predicted="1", outcome="TP")
+        dict(
+            rater=r,
+            item=f"{method}{i}",
+            sentence=i,
+            answer=str(value),
+            confidence=5,
+            method=method,
+            predicted="1",
+            outcome="TP",
+        )
         for r, line in enumerate(matrix)
         for i, value in enumerate(line)
         if not (isinstance(value, float) and math.isnan(value))
@@ -252,7 +290,9 @@ def test_kappa_is_that_of_fleiss_own_example():
              [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]  # fmt: skip
     raters = np.array([np.repeat(np.arange(5), line) for line in table]).T.tolist()
     found = clvq.rater_agreement(rated(raters), draws=50).iloc[0]
-    assert found["kappa"] == pytest.approx(0.210, abs=5e-4) and found["kappa_low"] < found["kappa"] < found["kappa_high"]
+    assert (
+        found["kappa"] == pytest.approx(0.210, abs=5e-4) and found["kappa_low"] < found["kappa"] < found["kappa_high"]
+    )
     assert found["items"] == 10 and found["raters"] == 14
 
 
@@ -281,7 +321,9 @@ def test_intervals_hold_for_other_raters_and_other_items(raters, items, spread):
     draw, covered, kappas = np.random.default_rng(0), 0, []
     for _ in range(60):
         chance = 0.6 + spread[0] * draw.uniform(-1, 1, (raters, 1)) + spread[1] * draw.uniform(-1, 1, items)
-        row = clvq.rater_agreement(rated((draw.random((raters, items)) < chance).astype(int).tolist()), draws=100).iloc[0]
+        row = clvq.rater_agreement(rated((draw.random((raters, items)) < chance).astype(int).tolist()), draws=100).iloc[
+            0
+        ]
         covered += row["aligned_low"] <= 0.6 <= row["aligned_high"]
         kappas.append(row[["kappa_low", "kappa", "kappa_high"]])
     assert covered >= 54
@@ -305,7 +347,11 @@ def test_simulated_raters_read_clouds_of_the_classes_words_and_nothing_else(made
     texts = [" ".join(draw.choice(GOOD if i % 2 else BAD, 4)) for i in range(200)]
     labels = ["positive" if i % 2 else "negative" for i in range(200)]
     found = clvq.simulated_answers(made, texts, labels, raters=4)
-    assert (found["answer"] == found["predicted"]).all() and found["confidence"].between(5, 10).all() and len(found) == 4 * 12
+    assert (
+        (found["answer"] == found["predicted"]).all()
+        and found["confidence"].between(5, 10).all()
+        and len(found) == 4 * 12
+    )
     pd.testing.assert_frame_equal(found, clvq.simulated_answers(made, texts, labels, raters=4))
 
 
@@ -314,12 +360,18 @@ def test_as_many_items_as_are_said_to_be_needed_show_the_difference_about_as_oft
 
     def sample(n: int) -> pd.DataFrame:
         chance = {"A": draw.beta(4, 1.1, n), "B": draw.beta(2, 1.7, n)}
-        return pd.concat([rated((draw.random((14, n)) < chance[method]).astype(int).tolist(), method) for method in chance])
+        return pd.concat(
+            [rated((draw.random((14, n)) < chance[method]).astype(int).tolist(), method) for method in chance]
+        )
 
     needed = clvq.items_needed(sample(400), ("A", "B"), difference=4 / 5.1 - 2 / 3.7, raters=14)
     shown = 0
     for _ in range(200):
-        gap = sample(needed).assign(right=lambda t: t["answer"] == "1").pivot_table(index="sentence", columns="method", values="right")
+        gap = (
+            sample(needed)
+            .assign(right=lambda t: t["answer"] == "1")
+            .pivot_table(index="sentence", columns="method", values="right")
+        )
         gap = gap["A"].astype(float) - gap["B"].astype(float)
         shown += abs(gap.mean()) > 1.96 * gap.std() / math.sqrt(needed)
     assert 8 < needed < 60 and 0.7 < shown / 200 < 0.92

@@ -29,7 +29,9 @@ def lock_lines(path: Path = ROOT / "requirements.lock") -> list[str]:
 
 
 def pins(*path: Path) -> dict[str, Version]:
-    return {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lock_lines(*path))}
+    return {
+        canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lock_lines(*path))
+    }
 
 
 def tracked_files() -> list[Path]:
@@ -79,7 +81,12 @@ def test_the_extra_all_takes_every_other_extra():
 def test_lock_is_closed_under_the_requirements_of_what_it_pins():
     pinned = pins()
     installed = {canonicalize_name(d.metadata["Name"]): d for d in importlib.metadata.distributions()}
-    wanted = [Requirement(line) for name, lines in {"core": PROJECT["dependencies"], **EXTRAS}.items() for line in lines if name != "bench"]
+    wanted = [
+        Requirement(line)
+        for name, lines in {"core": PROJECT["dependencies"], **EXTRAS}.items()
+        for line in lines
+        if name != "bench"
+    ]
     seen: set[tuple[str, str]] = set()
     missing = set()
     while wanted:
@@ -155,13 +162,20 @@ def test_the_wheel_has_the_two_modules_and_the_command():
     assert PROJECT["scripts"] == {"clvq": "clvq_app:main"}
 
 
-BROUGHT = {"tornado": "voila", "traitlets": "voila", "jupyter_server": "voila", "nbformat": "papermill", "IPython": "ipykernel",
-           "jupyter_client": "nbclient", "myst_nb": "jupyter-book", "dask": "distributed", "psutil": "distributed"}  # fmt: skip
+BROUGHT = {
+    "tornado": "voila", "traitlets": "voila", "jupyter_server": "voila", "nbformat": "papermill",
+    "IPython": "ipykernel", "jupyter_client": "nbclient", "myst_nb": "jupyter-book", "dask": "distributed",
+    "psutil": "distributed",
+}  # fmt: skip
 """Imported packages that come with another one, which cannot do without them."""
 
 
 def test_every_package_that_the_modules_import_is_required():
-    required = {canonicalize_name(Requirement(line).name) for lines in [PROJECT["dependencies"], *EXTRAS.values()] for line in lines}
+    required = {
+        canonicalize_name(Requirement(line).name)
+        for lines in [PROJECT["dependencies"], *EXTRAS.values()]
+        for line in lines
+    }
     distributions, missing = importlib.metadata.packages_distributions(), set()
     for module in MODULES:
         for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text("utf8"))):

@@ -33,7 +33,10 @@ def test_a_word_that_is_everywhere_as_frequent_is_specific_of_nothing():
 
 
 def test_a_rare_word_seen_once_is_not_specific_and_an_exclusive_one_is_more_so_than_a_shared_one():
-    table = {0: {"love": 16, "heart": 16, "desire": 1, "film": 60}, 1: {"love": 2, "desire": 1, "film": 4000, "the": 1000}}
+    table = {
+        0: {"love": 16, "heart": 16, "desire": 1, "film": 60},
+        1: {"love": 2, "desire": 1, "film": 4000, "the": 1000},
+    }
     found = clvq.log_odds(counts(table))[0]
     assert found["heart"] > found["love"] > 1.96 > found["desire"]
 
@@ -72,9 +75,11 @@ def test_one_concept_alone_has_finite_log_odds():
 
 @pytest.mark.parametrize(
     "word, form, suffix",
-    [("film", "lower", ""), ("Film", "Title", ""), ("USA", "UPPER", ""), ("1999", "number", ""), ("!?", "punctuation", ""),
-     ("a", "lower", ""), ("A", "Title", ""), ("moving", "lower", "ing"), ("thing", "lower", ""), ("eBay", "other", ""),
-     ("映画", "other", ""), ("watchable", "lower", "able"), ("10th", "number", ""), ("Café", "Title", ""), ("so-so", "lower", "")],
+    [("film", "lower", ""), ("Film", "Title", ""), ("USA", "UPPER", ""), ("1999", "number", ""),
+     ("!?", "punctuation", ""), ("a", "lower", ""), ("A", "Title", ""), ("moving", "lower", "ing"),
+     ("thing", "lower", ""), ("eBay", "other", ""),
+     ("映画", "other", ""), ("watchable", "lower", "able"), ("10th", "number", ""), ("Café", "Title", ""),
+     ("so-so", "lower", "")],
 )  # fmt: skip
 def test_words_have_the_form_and_suffix_that_people_see(word, form, suffix):
     assert (clvq.word_form(word), clvq.suffix(word)) == (form, suffix)
@@ -82,13 +87,19 @@ def test_words_have_the_form_and_suffix_that_people_see(word, form, suffix):
 
 def test_surface_labels_are_of_words_and_not_of_summaries():
     tokens = pd.DataFrame({
-        "sentence": [0, 0, 0, 0, 1, 1], "position": [0, 1, 2, 3, 0, 1], "word": ["[CLS]", "Great", "moving", "!", "[CLS]", "awful"],
+        "sentence": [0, 0, 0, 0, 1, 1], "position": [0, 1, 2, 3, 0, 1],
+        "word": ["[CLS]", "Great", "moving", "!", "[CLS]", "awful"],
         "is_summary": [True, False, False, False, True, False],
     })  # fmt: skip
     found = clvq.surface_labels(tokens, ["positive", "negative"])
     assert found[tokens["is_summary"]].isna().all(axis=None)
     words = found[~tokens["is_summary"]]
-    assert words["form"].tolist() == ["Title", "lower", "punctuation", "lower"] and words["suffix"].tolist() == ["", "ing", "", ""]
+    assert words["form"].tolist() == ["Title", "lower", "punctuation", "lower"] and words["suffix"].tolist() == [
+        "",
+        "ing",
+        "",
+        "",
+    ]
     assert words["place"].tolist() == ["first", "inside", "last", "first"]
     assert words["sentiment"].tolist() == ["positive", "", "", "negative"]
     assert words["class"].tolist() == ["positive", "positive", "positive", "negative"]
@@ -179,9 +190,12 @@ def test_dollars_and_backslashes_in_names_are_no_formulas(tmp_path):
 
 def explored(n: int = 12) -> pd.DataFrame:
     return pd.DataFrame({
-        "concept": range(n), "words": ["</script><b>film</b> ×2, dull ×1"] * n, "class": ["negative", "positive"] * (n // 2), "purity": 0.6,
-        "states": range(1, n + 1), "effect": [None, *[-0.01] * (n - 1)], "effect_low": -0.02, "effect_high": 0.0, "flipped": 0.1,
-        "stability": [0.2, *[0.9] * (n - 1)], "examples": [["a <img src=x onerror=alert(1)> «film»"]] * n, "near": [[1, 2, 3, 4, 5]] * n,
+        "concept": range(n), "words": ["</script><b>film</b> ×2, dull ×1"] * n,
+        "class": ["negative", "positive"] * (n // 2), "purity": 0.6,
+        "states": range(1, n + 1), "effect": [None, *[-0.01] * (n - 1)], "effect_low": -0.02,
+        "effect_high": 0.0, "flipped": 0.1,
+        "stability": [0.2, *[0.9] * (n - 1)], "examples": [["a <img src=x onerror=alert(1)> «film»"]] * n,
+        "near": [[1, 2, 3, 4, 5]] * n,
         "x": np.arange(n), "y": np.arange(n),
     })  # fmt: skip
 
@@ -209,7 +223,9 @@ def test_the_explorer_is_searched_sorted_and_opened_by_mouse_and_keyboard_from_o
     from playwright.sync_api import sync_playwright
 
     table = explored(1200).assign(words=[f"word{k} ×2, dull ×1" for k in range(1200)])
-    page_file = clvq_app.write_page(tmp_path / "explorer.html", "Explorer", clvq_app.explorer_html(table, "1,200 concepts"))
+    page_file = clvq_app.write_page(
+        tmp_path / "explorer.html", "Explorer", clvq_app.explorer_html(table, "1,200 concepts")
+    )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page, asked, errors = browser.new_page(), [], []

@@ -1,4 +1,4 @@
-"""The rating page in a real browser: two raters at once, one closed and resumed, the server killed and started again."""
+"""The rating page in a real browser: two raters at once, one who comes back, a server killed and started again."""
 
 import contextlib
 import os
@@ -117,7 +117,9 @@ def test_two_raters_at_once_one_closed_the_server_killed_and_every_answer_there(
         at(one, 3)
         one.get_by_role("button", name="Back").click()
         at(one, 2)
-        assert one.get_by_role("button", name="negative", exact=True).evaluate("b => b.classList.contains('mod-active')")
+        assert one.get_by_role("button", name="negative", exact=True).evaluate(
+            "b => b.classList.contains('mod-active')"
+        )
         address = one.url
         one.close()  # no goodbye
 
@@ -150,7 +152,11 @@ def test_two_raters_at_once_one_closed_the_server_killed_and_every_answer_there(
     assert len(answers) == 8 and answers["rater"].value_counts().to_dict() == {1: 4, 2: 4}
     assert not answers.isna().any(axis=None) and answers["confidence"].between(1, 10).all()
     found = clvq.rater_agreement(answers, draws=50).set_index("method")
-    assert set(found.index) == {"CLVQ-VAE", "Ward clusters"} and (found["raters"] == 2).all() and found["aligned"].between(0, 1).all()
+    assert (
+        set(found.index) == {"CLVQ-VAE", "Ward clusters"}
+        and (found["raters"] == 2).all()
+        and found["aligned"].between(0, 1).all()
+    )
 
 
 def test_a_browser_that_comes_back_without_its_address_goes_on_as_the_same_rater(tmp_path, browser):
@@ -191,9 +197,13 @@ SEND = """async ([code]) => {
     const socket = new WebSocket(`ws://${location.host}/api/kernels/${kernelId}/channels`);
     await new Promise(resolve => socket.onopen = resolve);
     socket.onmessage = event => received.push(event.data);
-    const send = (msg_type, content) => socket.send(JSON.stringify({channel: "shell", content, parent_header: {}, metadata: {}, buffers: [],
-        header: {msg_id: msg_type, msg_type, username: "", session: "a", version: "5.3", date: new Date().toISOString()}}));
-    send("execute_request", {code, silent: false, store_history: false, user_expressions: {}, allow_stdin: false, stop_on_error: true});
+    const about = {username: "", session: "a", version: "5.3", date: new Date().toISOString()};
+    const send = (msg_type, content) => socket.send(JSON.stringify({
+        channel: "shell", content, parent_header: {}, metadata: {}, buffers: [],
+        header: {msg_id: msg_type, msg_type, ...about}}));
+    const options = {silent: false, store_history: false, user_expressions: {}, allow_stdin: false,
+        stop_on_error: true};
+    send("execute_request", {code, ...options});
     send("kernel_info_request", {});
     for (let i = 0; i < 200 && !received.some(text => String(text).includes("kernel_info_reply")); i++)
         await new Promise(resolve => setTimeout(resolve, 100));
@@ -205,7 +215,9 @@ SEND = """async ([code]) => {
 def test_a_rater_cannot_run_code_nor_list_the_kernels_of_others(tmp_path, browser):
     with welcomed(tmp_path, browser) as (_, page):
         received = "\n".join(page.evaluate(SEND, [f"open({str(tmp_path / 'written')!r}, 'w')"]))
-        assert "kernel_info_reply" in received and "execute_reply" not in received and not (tmp_path / "written").exists()
+        assert (
+            "kernel_info_reply" in received and "execute_reply" not in received and not (tmp_path / "written").exists()
+        )
         for path in ("api/kernels", "api/sessions", "api/contents", "files/answers.sqlite", "voila/files/study.json"):
             status = page.evaluate("path => fetch(path).then(response => response.status)", f"/{path}")
             assert status >= 400, (path, status)
