@@ -4934,6 +4934,11 @@ class Run(NamedTuple):
         pipeline = Pipeline(self.config)
         return hash_text(pipeline.call("training_summary"), pipeline.config)[:16]
 
+    @property
+    def cost(self) -> dict[str, float]:
+        """`Pipeline.cost`."""
+        return Pipeline(self.config).cost
+
     def check(self) -> None:
         """ValueError in one sentence if it cannot run."""
         Pipeline(self.config).check()
