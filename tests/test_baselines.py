@@ -105,7 +105,7 @@ def test_other_clusters_are_where_clvqvae_starts(tiny_acts, how):
     config = settings(seed=3, start="random" if how == "spherical" else "spherical")  # the setting of CLVQ-VAE's start plays no part
     method = clvq.clusters(tiny_acts, 1, how, config)
     x = tiny_acts.states[1].float()
-    start = clvq.start_codebook(x, replace(config.subset(clvq.ModelSettings), start=how), seed(3))[0]
+    start = clvq.start_codebook(x, config.subset(clvq.ModelSettings).replace(start=how), seed(3))[0]
     assert torch.equal(method.vectors, start)
     assert (method.layer, method.reads, method.directions) == (1, 1, False)
     if how == "random":
@@ -375,7 +375,7 @@ def test_random_codes_are_gaussian_with_the_mean_and_deviations_of_the_states(ti
 
 
 def test_every_method_has_what_the_tests_of_faithfulness_ask_of_it(tiny_acts, tiny_config, topk):
-    config = replace(tiny_config, epochs=1)
+    config = tiny_config.replace(epochs=1)
     learned = [clvq.train(tiny_acts, config, layers)[0] for layers in ((0, 1), (0, 0), (1, 1))]
     clustered = [clvq.clusters(tiny_acts, 0, how, config) for how in clvq.CLUSTERS]
     unlearned, rows = clvq.reference_concepts(tiny_acts, torch.arange(60) % 2, 0, config), clvq.sae_concepts(topk, LAYERS, "SAE", config, {})
@@ -393,7 +393,7 @@ def test_every_method_has_what_the_tests_of_faithfulness_ask_of_it(tiny_acts, ti
 
 @pytest.fixture(scope="module")
 def trained(tiny_acts, tiny_config):
-    return clvq.train(tiny_acts, replace(tiny_config, epochs=2, temperature=8.0), LAYERS)[0]
+    return clvq.train(tiny_acts, tiny_config.replace(epochs=2, temperature=8.0), LAYERS)[0]
 
 
 def test_without_a_generator_a_state_has_the_code_nearest_to_its_encoding(tiny_acts, trained):

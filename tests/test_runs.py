@@ -212,9 +212,9 @@ def test_a_failed_step_leaves_nothing_that_looks_finished(tmp_path):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        clvq.finished(tmp_path / "step-1", build)
+        clvq.cached_step(tmp_path / "step-1", build)
     assert not (tmp_path / "step-1").exists()
-    assert clvq.finished(tmp_path / "step-1", lambda folder: None).is_dir()
+    assert clvq.cached_step(tmp_path / "step-1", lambda folder: None).is_dir()
 
 
 def test_two_at_once_build_a_step_once(tmp_path):
@@ -280,7 +280,7 @@ def test_a_steps_hash_changes_with_code_it_uses_and_not_with_docstrings_or_other
 def test_a_kernel_gets_an_address_of_its_own(tmp_path):
     source = "from ipykernel.connect import get_connection_info\nget_connection_info(unpack=True)['transport']"
     path = write_notebook(tmp_path / "n.ipynb", source)
-    result = clvq.run_notebook(path, tmp_path / "out.ipynb")
+    result = clvq_app.run_notebook(path, tmp_path / "out.ipynb")
     assert outputs(result)[0].data["text/plain"] == ("'ipc'" if os.name == "posix" else "'tcp'")
 
 
@@ -294,14 +294,14 @@ def test_a_kernel_that_does_not_start_is_tried_again(tmp_path, monkeypatch):
     (folder / "kernel.json").write_text(json.dumps({"argv": [sys.executable, str(script), "-f", "{connection_file}"],
                                                     "display_name": "shy", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    result = clvq.run_notebook(write_notebook(tmp_path / "n.ipynb", "6 * 7", kernel="shy"), tmp_path / "out.ipynb")
+    result = clvq_app.run_notebook(write_notebook(tmp_path / "n.ipynb", "6 * 7", kernel="shy"), tmp_path / "out.ipynb")
     assert (tmp_path / "tried").exists()
     assert outputs(result)[0].data["text/plain"] == "42"
 
 
 def test_parameters_reach_the_notebook_and_progress_bars_do_not_stay_in_it(tmp_path):
     path = write_notebook(tmp_path / "n.ipynb", "import sys\nprint('bar', file=sys.stderr)\nprint(scale, seed)")
-    result = clvq.run_notebook(path, tmp_path / "out.ipynb", scale="laptop", parameters={"scale": "smoke", "seed": 7})
+    result = clvq_app.run_notebook(path, tmp_path / "out.ipynb", scale="laptop", parameters={"scale": "smoke", "seed": 7})
     assert [output.text for output in outputs(result)] == ["smoke 7\n"]
     assert "papermill" not in result.read_text() and str(tmp_path) not in result.read_text()
     assert nbformat.read(result, 4).metadata["clvq"]["parameters"] == {"scale": "smoke", "seed": 7}
@@ -310,18 +310,18 @@ def test_parameters_reach_the_notebook_and_progress_bars_do_not_stay_in_it(tmp_p
 def test_a_notebook_run_in_place_keeps_its_cells(tmp_path):
     path = write_notebook(tmp_path / "n.ipynb", "import os\nos.environ['CLVQ_SCALE']")
     before = [cell.source for cell in nbformat.read(path, 4).cells]
-    clvq.run_notebook(path, path, scale="laptop")
+    clvq_app.run_notebook(path, path, scale="laptop")
     assert [cell.source for cell in nbformat.read(path, 4).cells] == before
     assert outputs(path)[0].data["text/plain"] == "'laptop'"
     with pytest.raises(ValueError, match="in place takes no parameters"):
-        clvq.run_notebook(path, path, parameters={"seed": 1})
+        clvq_app.run_notebook(path, path, parameters={"seed": 1})
 
 
 def test_a_failed_notebook_is_kept_apart_and_the_old_output_stays(tmp_path):
     path, output = write_notebook(tmp_path / "n.ipynb", "1 / 0"), tmp_path / "out.ipynb"
     output.write_text("old")
     with pytest.raises(RuntimeError, match=r"ZeroDivisionError.*out\.failed\.ipynb"):
-        clvq.run_notebook(path, output)
+        clvq_app.run_notebook(path, output)
     assert output.read_text() == "old"
     assert "ZeroDivisionError" in (tmp_path / "out.failed.ipynb").read_text()
 
@@ -329,7 +329,7 @@ def test_a_failed_notebook_is_kept_apart_and_the_old_output_stays(tmp_path):
 def test_a_cell_that_takes_too_long_is_ended(tmp_path):
     path = write_notebook(tmp_path / "n.ipynb", "import time\ntime.sleep(600)")
     with pytest.raises(RuntimeError):
-        clvq.run_notebook(path, tmp_path / "out.ipynb", timeout=2)
+        clvq_app.run_notebook(path, tmp_path / "out.ipynb", timeout=2)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_the_command_is_installed_and_its_help_has_examples():
 
 def test_info_and_clean_speak_of_the_cache(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CLVQ_CACHE", str(tmp_path))
-    clvq.finished(tmp_path / "step-1", lambda folder: (folder / "data").write_bytes(bytes(3 * 2**20)), step="step")
+    clvq.cached_step(tmp_path / "step-1", lambda folder: (folder / "data").write_bytes(bytes(3 * 2**20)), step="step")
     assert clvq_app.main(["info"]) == 0
     assert "3 MiB" in (shown := capsys.readouterr().out) and str(tmp_path) in shown and "torch" in shown
     assert clvq_app.main(["clean", "--older-than", "1"]) == 0 and (tmp_path / "step-1").exists()
@@ -421,9 +421,9 @@ def test_a_head_with_its_classes_in_another_order_is_matched_by_their_names(mini
 
 def test_a_long_step_says_before_it_begins_what_it_takes_and_a_short_one_nothing(monkeypatch, capsys):
     monkeypatch.setattr(clvq, "speed", lambda: 2e11)
-    clvq.announce("training", 2.4e13, 3 * 2**30, 5 * 2**20)
+    clvq.announce_cost("training", 2.4e13, 3 * 2**30, 5 * 2**20)
     assert capsys.readouterr().err == "training: 24 TFLOP, about 2.0 min here, at least 3.0 GiB of memory, 5 MiB on disk\n"
-    clvq.announce("training", 1e11, 2**30)
+    clvq.announce_cost("training", 1e11, 2**30)
     assert capsys.readouterr().err == ""
 
 

@@ -103,7 +103,7 @@ def test_in_this_process_every_call_gives_its_result_or_its_exception():
             raise OSError("unlucky")
         return math.sqrt(number)
 
-    found = dict(clvq.side_by_side(root, [(4,), (-1,), (13,), (9,)], workers=0))
+    found = dict(clvq.run_parallel(root, [(4,), (-1,), (13,), (9,)], workers=0))
     assert found[0] == 2 and found[3] == 3
     assert type(found[1]) is ValueError and type(found[2]) is OSError and str(found[2]) == "unlucky"
 
@@ -118,7 +118,7 @@ def test_what_another_try_may_mend_is_tried_again_and_nothing_else(error, retrie
         tried.append(name)
         raise error(name)
 
-    found = dict(clvq.side_by_side(fail, [("a",), ("b",)], workers=0, retries=retries))
+    found = dict(clvq.run_parallel(fail, [("a",), ("b",)], workers=0, retries=retries))
     assert tried == ["a"] * tries + ["b"] * tries
     assert {i: str(value) for i, value in found.items()} == {0: "a", 1: "b"} and type(found[0]) is error
 
@@ -132,18 +132,18 @@ def test_a_call_that_fails_once_gives_its_result_once():
             raise OSError(name)
         return name
 
-    assert list(clvq.side_by_side(shy, [("a",), ("b",)], workers=0)) == [(0, "a"), (1, "b")]
+    assert list(clvq.run_parallel(shy, [("a",), ("b",)], workers=0)) == [(0, "a"), (1, "b")]
 
 
 def test_workers_of_this_machine_give_the_same_results_and_exceptions_and_are_started_once(tmp_path):
     (tmp_path / "file").write_text("x")
     calls = [(tmp_path / "file",), (tmp_path / "none",), (tmp_path / "file",), (tmp_path,), (tmp_path / "file",)]
-    here, there = (dict(clvq.side_by_side(clvq.hash_file, calls, workers)) for workers in (0, 2))
+    here, there = (dict(clvq.run_parallel(clvq.hash_file, calls, workers)) for workers in (0, 2))
     assert here.keys() == there.keys() == set(range(5))
     assert here[0] == there[0] == there[2] == there[4] == clvq.hash_file(tmp_path / "file")
     assert all(type(here[i]) is type(there[i]) and str(here[i]) == str(there[i]) for i in (1, 3))
     workers = {child.pid for child in psutil.Process().children(recursive=True) if is_worker(child)}
-    list(clvq.side_by_side(clvq.hash_file, calls, 2))
+    list(clvq.run_parallel(clvq.hash_file, calls, 2))
     assert workers == {child.pid for child in psutil.Process().children(recursive=True) if is_worker(child)} != set()
 
 
@@ -237,7 +237,7 @@ def test_a_run_that_needs_a_gpu_goes_only_to_a_worker_that_has_one(cluster, tmp_
     address, _, caches = cluster
 
     def places(**resources) -> set[str]:
-        return {place.name for _, place in clvq.side_by_side(clvq.cache_folder, [()] * 12, scheduler=address, resources=resources)}
+        return {place.name for _, place in clvq.run_parallel(clvq.cache_folder, [()] * 12, scheduler=address, resources=resources)}
 
     assert places(GPU=1) == {"gpu"}
     assert places() == {"gpu", "plain"}
@@ -330,7 +330,7 @@ def test_workers_end_with_the_sweep_that_is_killed(fresh_cache, tmp_path):
 
 def test_a_failed_run_is_reported_with_its_error_while_the_others_finish(fresh_cache, tmp_path, capsys):
     path, folder = write_sweep(tmp_path / "grid.yaml", runs=[DIVERGING, {}]), tmp_path / "sweep"
-    bad, good = clvq.read_sweep(path)
+    bad, good = clvq_app.read_sweep(path)
     command = ["sweep", str(path), "-o", str(folder), "--workers", "0"]
     assert clvq_app.main(command) == 1
     shown = capsys.readouterr().err.strip().splitlines()[-1]
@@ -364,13 +364,13 @@ def test_a_run_that_failed_is_done_by_a_later_call_and_its_error_goes(fresh_cach
 def test_a_sweep_is_every_combination_of_its_grid_with_each_of_its_runs(tmp_path):
     grid = {"seed": [1, 2, 3], "top_k": 2, "temperature": [0.5, 1]}
     path = write_sweep(tmp_path / "a.yaml", grid, [{"n_codes": 9}, {"top_k": 4}])
-    found = clvq.read_sweep(path)
+    found = clvq_app.read_sweep(path)
     assert len(found) == 12 and len({run.name for run in found}) == 12
     settings = [tuple(run.settings[name] for name in ("n_codes", "seed", "top_k", "temperature")) for run in found]
     assert set(settings) == {(9, s, 2, x) for s in (1, 2, 3) for x in (0.5, 1)} | {(20, s, 4, x) for s in (1, 2, 3) for x in (0.5, 1)}
     assert all(run.scale == "smoke" and run.notebook == "" and run.config.train_sentences == 100 for run in found)
     (path := tmp_path / "b.yaml").write_text("scale: smoke  # all else is left out\n")
-    assert clvq.read_sweep(path) == [clvq.Run("smoke", {}, "")]
+    assert clvq_app.read_sweep(path) == [clvq.Run("smoke", {}, "")]
 
 
 @pytest.mark.parametrize(
@@ -400,12 +400,12 @@ def test_a_file_that_cannot_be_a_sweep_is_refused_in_one_sentence(refused, tmp_p
     path = tmp_path / "grid.yaml"
     path.write_bytes(text.encode("latin-1"))
     with refused(*(part.format(path=path) for part in parts)):
-        clvq.read_sweep(path)
+        clvq_app.read_sweep(path)
 
 
 def test_a_file_that_is_not_there_is_refused(refused, tmp_path):
     with refused(str(tmp_path / "none.yaml"), "cannot be read"):
-        clvq.read_sweep(tmp_path / "none.yaml")
+        clvq_app.read_sweep(tmp_path / "none.yaml")
 
 
 def test_equal_runs_have_one_name_and_every_setting_another():
@@ -432,7 +432,7 @@ def test_a_run_has_another_name_for_other_text(tmp_path):
 
 def test_runs_with_equal_settings_are_done_once(straight, tmp_path):
     path = write_sweep(tmp_path / "grid.yaml", grid={"seed": [0, 0]}, runs=[{}, {"temperature": 1}], epochs=4)
-    found = clvq.run_sweep(clvq.read_sweep(path), tmp_path / "sweep", workers=0)
+    found = clvq.run_sweep(clvq_app.read_sweep(path), tmp_path / "sweep", workers=0)
     assert len(done(tmp_path / "sweep")) == found["run"].nunique() == 1
     same_results(found, straight[1][straight[1]["seed"] == 0])
 
@@ -445,7 +445,7 @@ def temperatures(straight, tmp_path_factory):
     """A file of two temperatures and two seeds, and the folder where it was swept."""
     folder = tmp_path_factory.mktemp("temperatures")
     path = write_sweep(folder / "grid.yaml", grid={"temperature": [0.5, 1], "seed": [0, 1]}, epochs=1)
-    clvq.run_sweep(clvq.read_sweep(path), folder / "sweep", workers=0)
+    clvq.run_sweep(clvq_app.read_sweep(path), folder / "sweep", workers=0)
     return path, folder / "sweep"
 
 
@@ -463,7 +463,7 @@ def test_a_dry_run_prints_runs_and_what_is_done_and_does_nothing(temperatures, t
     before = {file.name for file in folder.iterdir()}
     assert clvq_app.main(["sweep", str(more), "-o", str(folder), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    for run in clvq.read_sweep(more):
+    for run in clvq_app.read_sweep(more):
         line = next(line for line in shown.splitlines() if run.name in line)
         assert ("to do" in line) == (run.settings["temperature"] == 2) != ("done" in line)
     assert "6 runs, 4 of them done" in shown
@@ -524,7 +524,7 @@ def test_a_sweep_over_a_notebook_has_the_numbers_it_hands_on_and_the_notebook(pi
     assert clvq_app.main(["sweep", str(path), "-o", str(tmp_path / "sweep"), "--workers", "0"]) == 0
     results = pd.read_parquet(tmp_path / "sweep" / "results.parquet")
     assert results["epoch"].isna().all() and set(results["n_codes"]) == {12}
-    (run,) = clvq.read_sweep(path)
+    (run,) = clvq_app.read_sweep(path)
     value, here = results[results["run"] == run.name].set_index("metric")["value"], clvq.Pipeline(run.config)
     assert (value["n_codes"], value["n_train"], value["n_test"]) == (12, 100, 60)
     assert value["perplexity"] == pytest.approx(here.history.sort_values("validation_loss")["validation_perplexity"].iloc[0])
@@ -613,12 +613,12 @@ def test_a_trained_model_is_a_result_too(straight):
 def test_what_is_computed_ahead_is_there_when_it_is_asked_for_and_failures_wait(fresh_cache, monkeypatch):
     monkeypatch.setenv("CLVQ_WORKERS", "0")
     good, bad = (clvq.Pipeline(clvq.configure("smoke", **QUICK, **settings)) for settings in ({}, DIVERGING))
-    clvq.ahead([(bad, "measured"), (good, "measured"), (good, "train_folder", good.layers)])
+    clvq.precompute([(bad, "measured"), (good, "measured"), (good, "train_folder", good.layers)])
     assert clvq.Pipeline(good.config).has("measured") and not clvq.Pipeline(bad.config).has("measured")
     with pytest.raises(FloatingPointError):
         bad.get("measured")
     before = {path: path.stat().st_mtime_ns for path in fresh_cache.iterdir()}
-    clvq.ahead([(good, "measured")])
+    clvq.precompute([(good, "measured")])
     assert {path: path.stat().st_mtime_ns for path in fresh_cache.iterdir()} == before
 
 
@@ -643,7 +643,7 @@ def test_what_is_measured_is_the_history_and_what_evaluation_and_protocol_give(p
     end = measured[measured["epoch"].isna()].set_index("metric")["value"]
     assert end.index.is_unique
     acts, source = pipeline.activations("train"), pipeline.layers[0]
-    held = clvq.split_sentences(acts, pipeline.config)[1]
+    held = clvq.split_sentences(len(acts.lengths), pipeline.config)[1]
     for name, value in clvq.evaluate(model, acts, held, pipeline.config).items():
         assert end[name] == pytest.approx(value, rel=1e-3), name
     best = history["validation_loss"].idxmin()

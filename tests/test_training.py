@@ -44,7 +44,7 @@ def held_out(acts: clvq.Activations, config: clvq.Config) -> torch.Tensor:
 
 def overfitting(synthetic, config: clvq.Config, **chosen) -> tuple[clvq.Activations, clvq.Config]:
     """Few states and targets that have nothing to do with them: the loss on held-out sentences soon rises."""
-    return synthetic(sentences=60, shuffled=True), replace(config, learning_rate=1e-2, dropout=0.0, **chosen)
+    return synthetic(sentences=60, shuffled=True), config.replace(learning_rate=1e-2, dropout=0.0, **chosen)
 
 
 def at_best(history: pd.DataFrame, column: str) -> float:
@@ -57,7 +57,7 @@ def at_best(history: pd.DataFrame, column: str) -> float:
 @pytest.mark.parametrize("memory", ["encoder", "quantized"])
 def test_known_concepts_are_recovered_and_the_upper_layer_is_predicted(synthetic, tiny_config, memory):
     acts = synthetic(sentences=400)
-    model, history = clvq.train(acts, replace(tiny_config, memory=memory, epochs=10), LAYERS)
+    model, history = clvq.train(acts, tiny_config.replace(memory=memory, epochs=10), LAYERS)
     assert nmi(acts.tokens["concept"], model.assign(acts.states[0])) > 0.95
     assert at_best(history, "variance_explained") > 0.88  # noise leaves 0.92 at most
     assert at_best(history, "codes_used") == 12
@@ -68,7 +68,7 @@ def test_shuffled_targets_cannot_be_predicted_though_the_codes_still_follow_the_
     # concepts as high as before. What must vanish is what they say of the targets: the variance they explain on sentences
     # held out, and their agreement with the concepts of the states that were put in as targets.
     acts = synthetic(sentences=400, shuffled=True)
-    model, history = clvq.train(acts, replace(tiny_config, epochs=10), LAYERS)
+    model, history = clvq.train(acts, tiny_config.replace(epochs=10), LAYERS)
     codes = model.assign(acts.states[0])
     assert history["validation_variance_explained"].max() < 0.05
     assert nmi(acts.tokens["target_concept"], codes) < 0.05
@@ -77,12 +77,12 @@ def test_shuffled_targets_cannot_be_predicted_though_the_codes_still_follow_the_
 
 def test_codes_of_noise_agree_with_no_concept(synthetic, tiny_config):
     acts = synthetic(sentences=400, noise=30.0)
-    model, _ = clvq.train(acts, replace(tiny_config, epochs=1), LAYERS)
+    model, _ = clvq.train(acts, tiny_config.replace(epochs=1), LAYERS)
     assert nmi(acts.tokens["concept"], model.assign(acts.states[0])) < 0.1
 
 
 def test_codes_move_to_the_means_of_the_states_that_are_assigned_to_them(tiny_acts, tiny_config):
-    config = replace(tiny_config, start="random", top_k=1, learning_rate=0.0, dropout=0.0, ema_decay=0.5, commitment=1e3,
+    config = tiny_config.replace(start="random", top_k=1, learning_rate=0.0, dropout=0.0, ema_decay=0.5, commitment=1e3,
                      epochs=30, stop_patience=30, batch_sentences=60)  # fmt: skip
     model, history = clvq.train(tiny_acts, config, LAYERS)
     kept = ~tiny_acts.tokens["sentence"].isin(held_out(tiny_acts, config).tolist()).to_numpy()
@@ -99,7 +99,7 @@ def test_codes_move_to_the_means_of_the_states_that_are_assigned_to_them(tiny_ac
 
 def test_training_that_was_stopped_and_resumed_is_bit_for_bit_the_one_that_was_not(tiny_acts, tiny_config, tmp_path):
     straight, history = clvq.train(tiny_acts, tiny_config, LAYERS)
-    clvq.train(tiny_acts, replace(tiny_config, epochs=3), LAYERS, tmp_path)
+    clvq.train(tiny_acts, tiny_config.replace(epochs=3), LAYERS, tmp_path)
     resumed, continued = clvq.train(tiny_acts, tiny_config, LAYERS, tmp_path)
     assert history["epoch"].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert same_weights(straight, resumed) and same_history(history, continued)
@@ -111,7 +111,7 @@ def test_a_run_that_was_stopped_after_every_epoch_keeps_its_patience_and_learnin
     last = int(history["epoch"].max())
     assert history["learning_rate"].min() < config.learning_rate and last < 40  # the rate fell, and patience ended
     for epochs in range(1, last + 2):
-        _, continued = clvq.train(acts, replace(config, epochs=epochs), LAYERS, tmp_path)
+        _, continued = clvq.train(acts, config.replace(epochs=epochs), LAYERS, tmp_path)
     assert same_history(history, continued)
 
 
@@ -137,7 +137,7 @@ def epochs_done(folder: Path) -> int:
 
 
 def test_a_run_that_was_killed_goes_on_to_the_weights_of_one_that_was_not(tiny_acts, tiny_config, tmp_path):
-    config = replace(tiny_config, epochs=40, stop_patience=40)
+    config = tiny_config.replace(epochs=40, stop_patience=40)
     for layer, states in tiny_acts.states.items():
         np.save(tmp_path / f"layer_{layer}.npy", states.numpy())
     tiny_acts.tokens.to_parquet(tmp_path / "tokens.parquet")
@@ -162,7 +162,7 @@ def test_the_best_weights_are_restored_not_the_last(synthetic, tiny_config):
     model, history = clvq.train(acts, config, LAYERS)
     best = int(history["validation_loss"].idxmin())
     assert 0 < best < 15
-    until_best, shorter = clvq.train(acts, replace(config, epochs=best), LAYERS)
+    until_best, shorter = clvq.train(acts, config.replace(epochs=best), LAYERS)
     assert shorter["validation_loss"].iloc[-1] == history["validation_loss"].min()
     assert same_weights(model, until_best) and not model.training
     loss = clvq.evaluate(model, acts, held_out(acts, config), config)["loss"]
@@ -173,7 +173,7 @@ def test_the_best_weights_are_restored_not_the_last(synthetic, tiny_config):
 
 
 def test_a_loss_that_is_not_finite_names_its_epoch_and_leaves_the_last_good_one(tiny_acts, tiny_config, tmp_path):
-    clvq.train(tiny_acts, replace(tiny_config, epochs=2), LAYERS, tmp_path)
+    clvq.train(tiny_acts, tiny_config.replace(epochs=2), LAYERS, tmp_path)
     broken = replace(tiny_acts, states={**tiny_acts.states, 1: torch.full_like(tiny_acts.states[1], math.nan)})
     with pytest.raises(FloatingPointError, match="epoch 3"):
         clvq.train(broken, tiny_config, LAYERS, tmp_path)
@@ -184,9 +184,9 @@ def test_a_loss_that_is_not_finite_names_its_epoch_and_leaves_the_last_good_one(
 
 
 def test_weights_that_blow_up_in_the_last_step_of_an_epoch_are_not_taken_for_a_good_state(tiny_acts, tiny_config, tmp_path):
-    config = replace(tiny_config, epochs=1, batch_sentences=60)  # one step an epoch: its own loss is still finite
+    config = tiny_config.replace(epochs=1, batch_sentences=60)  # one step an epoch: its own loss is still finite
     with pytest.raises(FloatingPointError, match="epoch 1"):
-        clvq.train(tiny_acts, replace(config, learning_rate=1e30), LAYERS, tmp_path)
+        clvq.train(tiny_acts, config.replace(learning_rate=1e30), LAYERS, tmp_path)
     _, history = clvq.train(tiny_acts, config, LAYERS, tmp_path)
     assert history["validation_loss"].notna().all()
 
@@ -220,12 +220,12 @@ def test_variance_explained_is_scikit_learns_variance_weighted_r2():
 
 @pytest.fixture(scope="module")
 def trained(tiny_acts, tiny_config):
-    return clvq.train(tiny_acts, replace(tiny_config, epochs=2), LAYERS)
+    return clvq.train(tiny_acts, tiny_config.replace(epochs=2), LAYERS)
 
 
 def test_no_figure_but_the_batch_perplexity_depends_on_the_batches(tiny_acts, tiny_config, trained):
     model, sentences = trained[0], torch.arange(60)
-    whole, *others = (clvq.evaluate(model, tiny_acts, sentences, replace(tiny_config, batch_sentences=n)) for n in (60, 1, 7))
+    whole, *others = (clvq.evaluate(model, tiny_acts, sentences, tiny_config.replace(batch_sentences=n)) for n in (60, 1, 7))
     for other in others:
         for name in whole.keys() - {"batch_perplexity"}:
             assert other[name] == pytest.approx(whole[name], rel=1e-6, abs=1e-7), name
@@ -258,7 +258,7 @@ def test_a_model_that_predicts_the_mean_explains_no_variance_whatever_the_batche
     torch.nn.init.zeros_(model.decoder.out.weight)
     torch.nn.init.zeros_(model.decoder.out.bias)
     model.target_mean.copy_(tiny_acts.states[1].double().mean(0))
-    config = replace(tiny_config, batch_sentences=batch_sentences)
+    config = tiny_config.replace(batch_sentences=batch_sentences)
     assert abs(clvq.evaluate(model, tiny_acts, torch.arange(60), config)["variance_explained"]) < 1e-6
 
 
@@ -301,23 +301,23 @@ def test_the_history_has_both_perplexities_under_names_of_their_own_and_a_row_fo
 
 
 def test_training_depends_on_the_seed_alone_and_the_global_state_stays(tiny_acts, tiny_config):
-    config = replace(tiny_config, epochs=2)
+    config = tiny_config.replace(epochs=2)
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     first, _ = clvq.train(tiny_acts, config, LAYERS)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(2)
     again, _ = clvq.train(tiny_acts, config, LAYERS)
-    other, _ = clvq.train(tiny_acts, replace(config, seed=7), LAYERS)
+    other, _ = clvq.train(tiny_acts, config.replace(seed=7), LAYERS)
     assert same_weights(first, again) and not same_weights(first, other)
 
 
 def test_the_targets_statistics_are_of_the_training_sentences_alone(tiny_acts, tiny_config):
     held = held_out(tiny_acts, tiny_config)
     rows = torch.from_numpy(~tiny_acts.tokens["sentence"].isin(held.tolist()).to_numpy())
-    model, _ = clvq.train(tiny_acts, replace(tiny_config, epochs=1), LAYERS)
+    model, _ = clvq.train(tiny_acts, tiny_config.replace(epochs=1), LAYERS)
     y = tiny_acts.states[1][rows].double()
     torch.testing.assert_close(model.target_mean, y.mean(0).float())
     torch.testing.assert_close(model.target_scale, y.std(0, unbiased=False).float())
-    plain, _ = clvq.train(tiny_acts, replace(tiny_config, epochs=1, standardize_targets=False), LAYERS)
+    plain, _ = clvq.train(tiny_acts, tiny_config.replace(epochs=1, standardize_targets=False), LAYERS)
     assert (plain.target_mean == 0).all() and (plain.target_scale == 1).all()
