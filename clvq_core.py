@@ -4455,31 +4455,30 @@ class Pipeline:
         if (width := self.model_config.hidden_size) % config.decoder_heads:
             raise ValueError(f"decoder_heads must divide the width {width}, and {config.decoder_heads} does not")
         check_folds(self.test["label"].to_numpy(), config)
-        if (states := len(self.expected_states)) < config.n_codes:
+        if (states := self.cost["states"]) < config.n_codes:
             raise ValueError(f"n_codes={config.n_codes} is more than the {states} states that CLVQ-VAE is trained on: "
                              "lower n_codes or take more text")
         return self
 
     @cached_property
-    def expected_states(self) -> pd.DataFrame:
-        """Sentence and word of the states that CLVQ-VAE will be trained on, known without the model; the tokenizer may
-        lose a few."""
+    def expected_states(self) -> Int[np.ndarray, "S"]:
+        """How many states each training sentence will give; the tokenizer may lose a few."""
         words = [["", *split_words(text, self.config.words)] for text in self.train["text"]]
         tokens = pd.DataFrame({"word": words}).explode("word").reset_index(names="sentence")
         tokens["is_summary"] = ~tokens["sentence"].duplicated()
-        tokens = tokens[frequency_filter(tokens, self.config)]
-        return tokens[tokens["sentence"].isin(split_sentences(len(words), self.config)[0].tolist())]
+        return np.bincount(tokens["sentence"][frequency_filter(tokens, self.config)], minlength=len(words))
 
-    @property
+    @cached_property
     def cost(self) -> dict[str, float]:
-        """What training will take at most, before anything is computed: states, gflop, memory_mib and disk_mib of
-        states."""
-        config, width, states = self.config, self.model_config.hidden_size, len(self.expected_states)
-        layers = self.model_config.num_hidden_layers + 1 if config.all_layers else 2
+        """What training will take, before anything is computed: states it is done on, gflop, memory_mib of these, disk_mib
+        of all that are kept."""
+        config, width = self.config, self.model_config.hidden_size
+        states = int(self.expected_states[split_sentences(len(self.train), config)[0]].sum())
+        layers = len(self.every_layer) if config.all_layers else 2
         weights = 2 * width**2 + config.decoder_layers * (8 * width**2 + 2 * width * config.feedforward)
         flop = states * config.epochs * (6 * weights + 2 * config.n_codes * width)
         return {"states": states, "gflop": flop / 1e9, "memory_mib": states * width * 8 / 2**20,
-                "disk_mib": states * layers * width * 2 / 2**20}
+                "disk_mib": int(self.expected_states.sum()) * layers * width * 2 / 2**20}
 
     # --- states, salience, training -------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def pipeline():
 
 def untrained(pipeline: clvq.Pipeline, cache: Path) -> Path:
     """Links what comes before training into another cache."""
-    for path in [path for step in ("finetuned", "activations", "salience") for path in pipeline.cache.glob(f"{step}-*") if path.is_dir()]:
+    for path in [path for step in ("classifier", "door", "states", "salience_at") for path in pipeline.cache.glob(f"{step}-*") if path.is_dir()]:
         shutil.copytree(path, cache / path.name, copy_function=os.link)
     return cache
 
@@ -149,14 +149,14 @@ def test_workers_of_this_machine_give_the_same_results_and_exceptions_and_are_st
 
 def is_worker(process: psutil.Process) -> bool:
     try:
-        return "dask_worker" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+        return "popen_loky" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
 
 @pytest.fixture
 def worker_settings(monkeypatch):
-    """Puts back what `at_work` sets."""
+    """Puts back what `worker_call` sets."""
     monkeypatch.setenv("CLVQ_WORKERS", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
@@ -165,20 +165,33 @@ def worker_settings(monkeypatch):
 
 
 def test_a_worker_with_another_version_of_the_module_refuses_the_call(worker_settings):
-    known = clvq.code_hash("parse_value")
-    assert clvq.at_work(clvq.parse_value, ("1",), None, known) == 1
-    with pytest.raises(RuntimeError, match="another version"):
-        clvq.at_work(clvq.parse_value, ("1",), None, clvq.code_hash("hash_text"))
+    versions = clvq.step_versions()
+    assert clvq.worker_call(3, clvq.parse_value, ("seed", "1"), 0, None, {}, versions) == (3, 1)
+    i, error = clvq.worker_call(3, clvq.parse_value, ("seed", "1"), 0, None, {}, versions | {"vqvae": -1})
+    assert i == 3 and type(error) is RuntimeError and "another version" in str(error)
 
 
 def test_a_worker_has_its_own_threads_no_workers_of_its_own_and_keeps_quiet(worker_settings, capsys):
-    clvq.at_work(clvq.default_workers, (), 2, clvq.code_hash("default_workers"))
-    assert torch.get_num_threads() == 2 and os.environ["OMP_NUM_THREADS"] == "2" and clvq.default_workers() == 0
-    found = clvq.at_work(clvq.configure, ("huge",), None, clvq.code_hash("configure"))
-    assert type(found) is ValueError and "'huge'" in str(found)
-    with pytest.raises(FileNotFoundError):
-        clvq.at_work(clvq.hash_file, (Path("nowhere"),), None, clvq.code_hash("hash_file"))
+    versions, variables = clvq.step_versions(), {"CLVQ_WORKERS": "0"}
+    assert clvq.worker_call(0, clvq.default_workers, (), 0, 2, variables, versions) == (0, 0)
+    assert torch.get_num_threads() == 2
+    _, error = clvq.worker_call(0, clvq.configure, ("huge",), 0, None, variables, versions)
+    assert type(error) is ValueError and "'huge'" in str(error)
+    assert type(clvq.worker_call(0, clvq.hash_file, (Path("nowhere"),), 1, None, variables, versions)[1]) is FileNotFoundError
     assert capsys.readouterr().err == ""
+
+
+def die_once(mark: Path, name: str) -> str:
+    if name == "mortal" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return name
+
+
+def test_a_worker_of_this_machine_that_is_killed_loses_no_call(tmp_path):
+    names = ["a", "mortal", "b", "c"]
+    results = dict(clvq.run_parallel(die_once, [(tmp_path / "mark", name) for name in names], workers=2))
+    assert (tmp_path / "mark").exists() and [results[i] for i in range(4)] == names
 
 
 def test_the_number_of_workers_minds_the_environment_cores_memory_and_gpu(monkeypatch):
@@ -200,7 +213,7 @@ def test_the_number_of_workers_minds_the_environment_cores_memory_and_gpu(monkey
 def test_a_sweep_over_a_given_scheduler_gives_the_results_of_one_in_this_process(straight, fresh_cache, tmp_path):
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         found = clvq.run_sweep(runs(2, epochs=4), tmp_path / "sweep", scheduler=cluster.scheduler_address, threads=1)
-    assert len(list(fresh_cache.glob("measured-*/results.parquet"))) == 2
+    assert len(list(fresh_cache.glob("training_summary-*/result.parquet"))) == 2
     same_results(found, straight[1][straight[1]["run"].isin(found["run"])])
 
 
@@ -243,7 +256,7 @@ def test_a_run_that_needs_a_gpu_goes_only_to_a_worker_that_has_one(cluster, tmp_
     assert places() == {"gpu", "plain"}
     found = clvq.run_sweep(runs(3, epochs=3), tmp_path / "sweep", scheduler=address, threads=1, resources={"GPU": 1})
     assert found["run"].nunique() == len(done(tmp_path / "sweep")) == 3
-    assert {name: len(list((caches / name).glob("measured-*/*.parquet"))) for name in ("gpu", "plain")} == {"gpu": 3, "plain": 0}
+    assert {name: len(list((caches / name).glob("training_summary-*/*.parquet"))) for name in ("gpu", "plain")} == {"gpu": 3, "plain": 0}
 
 
 def test_the_module_called_as_a_command_reaches_a_cluster(cluster, tmp_path):
@@ -368,9 +381,9 @@ def test_a_sweep_is_every_combination_of_its_grid_with_each_of_its_runs(tmp_path
     assert len(found) == 12 and len({run.name for run in found}) == 12
     settings = [tuple(run.settings[name] for name in ("n_codes", "seed", "top_k", "temperature")) for run in found]
     assert set(settings) == {(9, s, 2, x) for s in (1, 2, 3) for x in (0.5, 1)} | {(20, s, 4, x) for s in (1, 2, 3) for x in (0.5, 1)}
-    assert all(run.scale == "smoke" and run.notebook == "" and run.config.train_sentences == 100 for run in found)
+    assert all(type(run) is clvq.Run and run.scale == "smoke" and run.config.train_sentences == 100 for run in found)
     (path := tmp_path / "b.yaml").write_text("scale: smoke  # all else is left out\n")
-    assert clvq_app.read_sweep(path) == [clvq.Run("smoke", {}, "")]
+    assert clvq_app.read_sweep(path) == [clvq.Run("smoke", {})]
 
 
 @pytest.mark.parametrize(
@@ -416,7 +429,7 @@ def test_equal_runs_have_one_name_and_every_setting_another():
     names = [clvq.Run("smoke", {**QUICK, **settings}).name for settings in changed] + [clvq.Run("laptop", QUICK).name]
     assert len({one.name, *names}) == 8
     settings = {"seed": 1, "epochs": 2}, {"epochs": 2, "seed": 1}, {"seed": 1}
-    of_notebook = [clvq.Run("smoke", own, str(METHOD)).name for own in settings]
+    of_notebook = [clvq_app.NotebookRun("smoke", own, str(METHOD)).name for own in settings]
     assert of_notebook[0] == of_notebook[1] != of_notebook[2]
 
 
@@ -590,52 +603,62 @@ def test_the_studies_have_the_values_of_the_papers_tables():
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_knows_what_it_has_and_asking_computes_nothing(fresh_cache):
+def test_a_pipeline_knows_what_is_cached_and_asking_computes_nothing(fresh_cache):
     made = clvq.Pipeline(clvq.configure("smoke", **QUICK))
-    assert made.has("activations", "train") and made.has("salience")
+    assert made.is_cached("classifier") and made.states_call("train").path.exists()
     before = set(fresh_cache.iterdir())
-    assert not made.has("measured") and not made.has("train_folder", made.layers) and not made.has("clvqvae")
+    assert not made.is_cached("training_summary") and not made.is_cached("vqvae", *made.layers)
     assert set(fresh_cache.iterdir()) == before
-    assert made.get("train_folder", made.layers).is_dir()
+    assert made.folder("vqvae", *made.layers).is_dir()
     again = clvq.Pipeline(made.config)
-    assert again.has("train_folder", again.layers) and not again.has("measured")
-    assert len(again.measured) > 50  # to ask does not keep a pipeline from computing
-    assert clvq.Pipeline(made.config).has("measured")
-    assert not made.changed(seed=1).has("measured")
+    assert again.is_cached("vqvae", *again.layers) and not again.is_cached("training_summary")
+    assert len(again.training_summary) > 50 and clvq.Pipeline(made.config).is_cached("training_summary")
+    assert not made.changed(seed=1).is_cached("training_summary")
 
 
-def test_a_trained_model_is_a_result_too(straight):
-    made = clvq.Pipeline(straight_config())
-    assert made.has("clvqvae")
-    assert made.get("clvqvae") is made.clvqvae
-
-
-def test_what_is_computed_ahead_is_there_when_it_is_asked_for_and_failures_wait(fresh_cache, monkeypatch):
+def test_what_is_precomputed_is_cached_with_all_it_reads_from_and_failures_wait(fresh_cache, monkeypatch):
     monkeypatch.setenv("CLVQ_WORKERS", "0")
-    good, bad = (clvq.Pipeline(clvq.configure("smoke", **QUICK, **settings)) for settings in ({}, DIVERGING))
-    clvq.precompute([(bad, "measured"), (good, "measured"), (good, "train_folder", good.layers)])
-    assert clvq.Pipeline(good.config).has("measured") and not clvq.Pipeline(bad.config).has("measured")
+    good, bad = (clvq.Pipeline(clvq.configure("smoke", **QUICK | settings)) for settings in ({}, DIVERGING))
+    clvq.precompute([(bad, "training_summary"), (good, "training_summary"), (good, "vqvae", *good.layers)])
+    assert good.is_cached("training_summary") and not bad.is_cached("training_summary")
     with pytest.raises(FloatingPointError):
-        bad.get("measured")
+        _ = bad.training_summary
     before = {path: path.stat().st_mtime_ns for path in fresh_cache.iterdir()}
-    clvq.precompute([(good, "measured")])
+    clvq.precompute([(good, "training_summary")])
     assert {path: path.stat().st_mtime_ns for path in fresh_cache.iterdir()} == before
+
+
+def test_each_step_is_precomputed_once_and_after_what_it_reads_from(pipeline, tmp_path, monkeypatch):
+    order = []
+
+    def compute(config, cache, step, *arguments):
+        order.append((config.seed, step))
+        clvq.Pipeline(config, cache).call(step, *arguments).path.mkdir(parents=True)
+
+    monkeypatch.setattr(clvq, "compute", compute)
+    monkeypatch.setenv("CLVQ_WORKERS", "0")
+    fresh = clvq.Pipeline(pipeline.config.replace(seeds=2), tmp_path)
+    clvq.precompute([(run, "faithfulness") for run in fresh.over_seeds])
+    steps = [step for _, step in order]
+    assert steps[0] == "classifier" and set(steps[-2:]) == {"faithfulness"}
+    assert [steps.count(name) for name in ("classifier", "states", "salience_at", "initial_codebook", "vqvae", "faithfulness")] == [1, 2, 1, 4, 6, 2]
+    assert steps.index("states") < steps.index("initial_codebook") < steps.index("vqvae") < steps.index("faithfulness")
 
 
 def test_seeds_computed_by_workers_are_those_computed_here(straight, fresh_cache, monkeypatch):
     monkeypatch.setenv("CLVQ_WORKERS", "2")
     made = clvq.Pipeline(clvq.configure("smoke", **{**QUICK, "epochs": 4}, seed=0, seeds=2))
-    found = made.of_seeds("measured")
+    found = made.of_seeds("training_summary")
     expected = [pd.read_parquet(straight[0] / f"{run.name}.parquet") for run in runs(2, epochs=4)]
     assert len(found) == len(expected[0]) + len(expected[1])
     parts = found.iloc[: len(expected[0])], found.iloc[len(expected[0]) :]
     for part, own in zip(parts, expected, strict=True):
         same_results(part.assign(run="a"), own.assign(run="a"))
-    assert made.has("measured") and made.over_seeds[1].has("measured")
+    assert made.is_cached("training_summary") and made.over_seeds[1].is_cached("training_summary")
 
 
 def test_what_is_measured_is_the_history_and_what_evaluation_and_protocol_give(pipeline):
-    measured, history, model = pipeline.measured, pipeline.history, pipeline.clvqvae
+    measured, history, model = pipeline.training_summary, pipeline.history, pipeline.clvqvae
     curves = measured.dropna(subset="epoch")
     table = curves.pivot(index="epoch", columns="metric", values="value").sort_index()
     expected = history.set_index("epoch").astype(float)
@@ -670,7 +693,7 @@ def test_probes_that_are_kept_are_those_that_are_trained(fresh_cache):
     for trial in (made.trial, clvq.Pipeline(made.config).trial):
         for layer in made.layers:
             assert all(torch.equal(*pair) for pair in zip(trial.probes(layer), expected[layer], strict=True))
-        assert len(list(fresh_cache.glob("probes-*/probes.safetensors"))) == 2
+        assert len(list(fresh_cache.glob("probe_weights-*/result.safetensors"))) == 2
     other = made.changed(probe_epochs=1).trial.probes(made.layers[0])
     assert not torch.equal(other[0], expected[made.layers[0]][0])
 
@@ -685,10 +708,10 @@ def test_probes_of_states_in_another_precision_are_others(pipeline):
 
 def test_the_cost_of_a_training_is_known_before_it(pipeline):
     acts, cost = pipeline.activations("train"), pipeline.cost
-    assert len(acts.tokens) <= cost["states"] <= 1.05 * len(acts.tokens)
-    assert cost["disk_mib"] == pytest.approx(cost["states"] * 7 * 384 * 2 / 2**20, rel=0.01)  # layers, width, bytes
+    assert cost["states"] == len(acts.rows(clvq.split_sentences(len(acts.lengths), pipeline.config)[0]))
+    assert cost["disk_mib"] == pytest.approx(len(acts.tokens) * 7 * 384 * 2 / 2**20)  # layers, width, bytes
     half, twice = pipeline.changed(train_share=0.5), pipeline.changed(epochs=4)
-    assert half.cost["gflop"] == pytest.approx(cost["gflop"] / 2) and twice.cost["gflop"] == pytest.approx(2 * cost["gflop"])
+    assert half.cost["gflop"] == pytest.approx(cost["gflop"] / 2, rel=0.15) and twice.cost["gflop"] == pytest.approx(2 * cost["gflop"])
 
 
 def test_a_file_that_changed_is_hashed_and_read_again(tmp_path):
