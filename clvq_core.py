@@ -59,7 +59,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from types import MethodType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -1534,11 +1534,11 @@ def nearest(x: Float[Tensor, "N D"], centres: Float[Tensor, "K D"],
 
 
 def seed_centres(x: Float[Tensor, "N D"], k: int, generator: torch.Generator) -> Float[Tensor, "K D"]:
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007): each centre is the best of 2 + log k rows drawn by squared distance."""
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007): each centre is the best of 2 + log k rows drawn by distance."""
     trials = 2 + int(math.log(k))
     squares = x.square().sum(1)
     first = torch.randint(len(x), (1,), generator=generator).to(x.device)
-    closest = nearest(x, x[first])[1]                                       # (N,) squared distance to the nearest centre
+    closest = nearest(x, x[first])[1]                                       # (N,) squared distance to the nearest
     chosen = [first]
     for _ in range(k - 1):
         cumulative = closest.double().cumsum(0)
@@ -1554,10 +1554,8 @@ def seed_centres(x: Float[Tensor, "N D"], k: int, generator: torch.Generator) ->
 
 def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Generator,
            spherical: bool = False) -> tuple[Float[Tensor, "K D"], Int[Tensor, "N"]]:
-    """Centres and the cluster of each row: k-means++, then Lloyd's iterations; an empty cluster keeps its centre.
-
-    ``spherical``: rows and centres have unit length, so that the nearest centre has the highest cosine (Dhillon & Modha 2001).
-    """
+    """Centres and the cluster of each row, by k-means++ and Lloyd's iterations; an empty cluster keeps its centre.
+    ``spherical``: all have unit length, so that the nearest centre has the highest cosine (Dhillon & Modha 2001)."""
     if spherical:
         x = F.normalize(x, dim=1)
     centres = seed_centres(x, k, generator)
@@ -1576,10 +1574,8 @@ def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Ge
 
 def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, generator: torch.Generator,
                    rows: Int[Tensor, "n"] | None = None) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
-    """First codes, and how many of the rows (default: all) are nearest to each. ValueError if rows are fewer than codes.
-
-    Equation 2: a spherical centre times the mean length of its rows, or of all rows if it has none.
-    """
+    """First codes, and how many of the rows (default: all) are nearest to each. ValueError for fewer rows than codes.
+    Equation 2: a spherical centre times the mean length of its rows, or of all rows if it has none."""
     k, device, spherical = settings.n_codes, best_device(), settings.start == "spherical"
     rows = torch.arange(len(states)) if rows is None else rows
     if len(rows) < k:
@@ -1588,8 +1584,10 @@ def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, genera
         codes = states[rows[torch.randperm(len(rows), generator=generator)[:k]]].float().to(device)
     else:
         most = max(k, min(MAX_POINTS_PER_CODE * k, MAX_NUMBERS // states.shape[1]))
-        sample = torch.randperm(len(rows), generator=generator)[:most].sort().values if len(rows) > most else slice(None)
-        codes, _ = kmeans(states[rows[sample]].to(device).float(), k, settings.start_iterations, generator, spherical)
+        sample = rows
+        if len(rows) > most:
+            sample = rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
+        codes, _ = kmeans(states[sample].to(device).float(), k, settings.start_iterations, generator, spherical)
     counts, lengths = torch.zeros(2, k, device=device)
     for block in blocks(states, rows):
         block = block.to(device)
@@ -1646,8 +1644,8 @@ class Quantizer(nn.Module):
         self.counts, self.sums = nn.Buffer(torch.ones(k)), nn.Buffer(torch.zeros(k, width))
 
     def start(self, codes: Float[Tensor, "K D"], counts: Float[Tensor, "K"]) -> None:
-        """Set codes, and moving averages as if ``counts`` states had been seen, so that the first update keeps the codes. With
-        `start_in` "averages", of the codes only those without states are set, as no average moves them."""
+        """Set codes, and averages as if ``counts`` states had been seen, so that the first update keeps the codes. With
+        `start_in` "averages", only codes without states are set, as no average will move them."""
         unset = (counts[:, None] > 0) & (self.settings.start_in == "averages")
         self.codebook.copy_(torch.where(unset, self.codebook, codes))
         self.counts.copy_(counts)
@@ -1678,8 +1676,9 @@ class Quantizer(nn.Module):
         if self.settings.top_k == 1:
             return codes[:, 0]
         chances = torch.softmax(-near / self.settings.temperature, dim=1)
-        noise = torch.empty_like(chances, device=generator and generator.device).exponential_(generator=generator)
-        choice = (chances / noise.to(z.device)).argmax(1, keepdim=True)     # as torch.multinomial, which waits for the GPU
+        noise = torch.empty_like(chances, device=generator.device if generator else z.device)
+        noise.exponential_(generator=generator)                             # as in multinomial, which waits for a GPU
+        choice = (chances / noise.to(z.device)).argmax(1, keepdim=True)
         return codes.gather(1, choice)[:, 0]
 
     def forward(self, z: Float[Tensor, "N D"], generator: torch.Generator | None = None) -> Quantized:
@@ -1693,11 +1692,9 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def update(self, z: Float[Tensor, "N D"], codes: Int[Tensor, "N"]) -> None:
         """Move the averages one step towards the states assigned to each code; after the loss, whose codes it moves.
-
-        A code that no state takes rests once its count is so low that smoothing would draw it to the origin.
-        """
+        A code that no state takes rests once its count is so low that smoothing would draw it to the origin."""
         z, step = z.float(), 1 - self.settings.ema_decay
-        counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(z[:, 0]))   # bincount waits for a GPU
+        counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(z[:, 0]))   # bincount would wait
         sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
         self.counts.lerp_(counts, step)
         self.sums.lerp_(sums, step)
@@ -1712,8 +1709,8 @@ class Quantizer(nn.Module):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Each number becomes 0 with probability p (to within 1 / 65,536); the others are divided by 1 - p. On a CPU four share
-    a random draw: PyTorch's own, a draw a number, takes an eighth of a training step."""
+    """Each number becomes 0 with probability p (to within 1 / 65,536), or is divided by 1 - p. On a CPU four share a
+    random draw: PyTorch's own, one draw a number, takes an eighth of a training step."""
     if x.device.type != "cpu":
         return F.dropout(x, p)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
@@ -1721,7 +1718,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The lowest multiple that is at least n. Few sizes of products save memory, which a CPU keeps for each it meets."""
+    """The lowest multiple that is at least n. A CPU keeps memory for each size of product, so let there be few."""
     return -(-n // multiple) * multiple
 
 
@@ -1763,10 +1760,10 @@ class Layout(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Section 2.3: a transformer decoder over the codes with cross-attention to a memory, then a linear map to the target.
+    """Section 2.3: a transformer decoder over the codes with cross-attention to a memory, then a linear map.
 
-    Layers and arithmetic are PyTorch's, without padding: sentences are packed one after the other; in attention alone they
-    share lines (`Layout`), where none sees another.
+    Layers and arithmetic are PyTorch's, without padding: sentences are packed one after the other, and share lines
+    (`Layout`) in attention alone, where none sees another.
     """
 
     def __init__(self, width: int, target_width: int, settings: ModelSettings) -> None:
@@ -1847,15 +1844,15 @@ def load_tensors(path: Path, expected: Mapping[str, Tensor], device: str = "cpu"
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
-            fault = "lacks" if name not in tensors else "has in another shape" if name in expected else "has beyond need"
-            raise ValueError(f"{path} {fault} the tensor {name}")
+            known = "has in another shape" if name in expected else "has beyond need"
+            raise ValueError(f"{path} {known if name in tensors else 'lacks'} the tensor {name}")
     return tensors
 
 
 class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["interpretability"],
               coders={ModelSettings: (asdict, dict)}):
-    """Section 2: encoder, quantiser and decoder from the source layer's states to the target layer's. As a concept method it
-    has what `Concepts` has. Saved and loaded by huggingface_hub, as safetensors and JSON only."""
+    """Section 2: encoder, quantiser and decoder from the source layer's states to the target layer's. It has what every
+    concept method has (`Concepts`), and is saved and loaded by huggingface_hub, as safetensors and JSON alone."""
 
     directions = False
 
@@ -1880,7 +1877,7 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
             raise ValueError(f"config.json of {given['model_id']} does not describe a CLVQ-VAE: {error}") from error
 
     @classmethod
-    def _load_as_safetensor(cls, model: CLVQVAE, model_file: str, map_location: str, strict: bool) -> CLVQVAE:
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         """Always strict, where huggingface_hub's own leaves random what the file lacks."""
         model.load_state_dict(load_tensors(Path(model_file), model.state_dict(), map_location))
         return model.to(map_location).eval()
@@ -1888,8 +1885,8 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
     _load_as_pickle = _load_as_safetensor                                   # which refuses a pickle
 
     def memory(self, z: Float[Tensor, "N D"], quantized: Quantized) -> Float[Tensor, "N D"]:
-        """What the decoder reads beside the codes. It sees no order within a sentence, so ``shuffled`` takes codes from all
-        over the batch (always the same draw for its size)."""
+        """What the decoder reads beside the codes. It sees no order within a sentence, so ``shuffled`` takes codes from
+        all over the batch (always the same draw for its size)."""
         kind, codebook = self.settings.memory, self.quantizer.codebook
         if kind == "encoder":
             return z
@@ -1906,7 +1903,7 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
         return Output(self.decoder(quantized.vectors, self.memory(z, quantized), lengths), z, quantized)
 
     def loss(self, out: Output, target: Float[Tensor, "N D2"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Section 2.4: the reconstruction error plus beta times the commitment, and the error alone; means over states."""
+        """Section 2.4: reconstruction error plus beta times the commitment, and the error alone; means over states."""
         error = F.mse_loss(out.reconstruction.float(), (target - self.target_mean) / self.target_scale)
         return error + self.settings.commitment * out.quantized.commitment, error
 
@@ -1950,7 +1947,8 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
         for kind, trained in (("model", self.model), ("layer", self.layer), ("layer", self.target_layer),
                               ("width", len(self.encoding_mean))):
             if trained not in given[kind]:
-                raise ValueError(f"this CLVQ-VAE was trained on {kind} {trained}, not {' or '.join(map(str, given[kind]))}")
+                others = " or ".join(map(str, given[kind]))
+                raise ValueError(f"this CLVQ-VAE was trained on {kind} {trained}, not {others}")
 
 
 # ======================================================================================================
@@ -1985,7 +1983,7 @@ def evaluate(model: CLVQVAE, acts: Activations, sentences: Int[Tensor, "S"], con
         per_batch.append(perplexity(used))
         losses = [loss.double() * len(x) for loss in model.loss(out, y)]
         error = (model.reconstruct(out) - y).double().square().sum()
-        deviations = (y - model.target_mean).double()                       # near 0, so that squares do not cancel below
+        deviations = (y - model.target_mean).double()                       # near 0, so that no squares cancel below
         totals += torch.stack([*losses, error, deviations.square().sum()]).cpu()
         deviation += deviations.sum(0).cpu()
     model.train(was_training)
@@ -2012,8 +2010,8 @@ def check_finite(loss: float, epoch: int, config: Config) -> None:
 
 
 def shuffled_batches(n: int, size: int, generator: torch.Generator, together: int = 1) -> list[Int[Tensor, "B"]]:
-    """Batches of n sentences in random order. ``together`` consecutive ones stay among the `POOL` batches that are read at
-    once, so that these lie in few stretches of the disk."""
+    """Batches of n sentences in random order. ``together`` consecutive ones stay among the `POOL` batches that are read
+    at once, so that these lie in few stretches of the disk."""
     stretches = torch.arange(n).split(together)
     order = torch.cat([stretches[i] for i in torch.randperm(len(stretches), generator=generator)])
     pools = [pool[torch.randperm(len(pool), generator=generator)] for pool in order.split(POOL * size)]
@@ -2022,8 +2020,8 @@ def shuffled_batches(n: int, size: int, generator: torch.Generator, together: in
 
 def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, sentences: Int[Tensor, "S"],
                 config: Config, epoch: int) -> dict[str, float]:
-    """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over states, and how many codes were
-    drawn. FloatingPointError if the loss is not finite."""
+    """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over states, and how many codes
+    were drawn. FloatingPointError if the loss is not finite."""
     device, parameters = model.device, optimizer.param_groups[0]["params"]
     totals = torch.zeros(3, dtype=torch.float64, device=device)             # loss, error, states
     drawn = torch.zeros(model.settings.n_codes, dtype=torch.bool, device=device)
@@ -2061,9 +2059,9 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
           start: Callable[..., tuple[Tensor, Tensor]] = start_codebook) -> tuple[CLVQVAE, pd.DataFrame]:
     """A trained CLVQ-VAE with its best weights, and its history: one row per epoch, epoch 0 being the start.
 
-    With a ``folder``, a checkpoint is kept there after each epoch, from which a later call goes on; on as many threads to
-    the same weights bit for bit, as all that is random in an epoch depends on (seed, epoch). FloatingPointError if a loss
-    is not finite; the checkpoint of the last good epoch stays.
+    With a ``folder``, a checkpoint is kept there after each epoch. A later call goes on from it, with as many threads
+    to the same weights bit for bit: all that is random in an epoch depends on (seed, epoch). FloatingPointError if a
+    loss is not finite; the checkpoint of the last good epoch stays.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -2072,8 +2070,9 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
     fitted, held = split_sentences(acts, config)
     rows = acts.rows(fitted)
     with seeded(config.seed):
-        model = CLVQVAE(acts.states[source].shape[1], acts.states[target].shape[1], source, target, acts.source["model"],
-                        config.subset(ModelSettings)).to(device)
+        width, target_width = (acts.states[layer].shape[1] for layer in layers)
+        model = CLVQVAE(width, target_width, source, target, acts.source["model"], config.subset(ModelSettings))
+        model.to(device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, config.learning_rate, weight_decay=config.weight_decay, fused=True)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", config.lr_factor, config.lr_patience)
@@ -2125,13 +2124,13 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
         record.update(epoch=epoch, plateau=plateau.state_dict(), learning_rate=rate)
         if checkpoint:
             tensors = {name: value.contiguous() for name, value in checkpoint_tensors(model, best, optimizer).items()}
-            write_whole(checkpoint, lambda path: save_file(tensors, path, {"record": json.dumps(record)}))
+            write_whole(checkpoint, partial(save_file, tensors, metadata={"record": json.dumps(record)}))
         bar.update()
         bar.set_postfix(explained=f"{result['variance_explained']:.3f}", codes=result["codes_used"])
     bar.close()
     model.load_state_dict(best)
-    total = sum(z.double().sum(0) for z in model.encodings(acts.states[source], rows))
-    model.encoding_mean.copy_(total / len(rows))
+    sums = [z.double().sum(0) for z in model.encodings(acts.states[source], rows)]
+    model.encoding_mean.copy_(torch.stack(sums).sum(0) / len(rows))
     return model.eval(), pd.DataFrame(record["history"])
 
 
@@ -2139,8 +2138,8 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
 def sampling(model: CLVQVAE, states: Float[Tensor, "N D"], rows: int = 16384) -> dict[str, float]:
     """How random training's choice of codes is (equation 4) over these source states.
 
-    sampling_entropy, mean over states in nats, and effective_k, its exponential; nearest_chance, mean probability of the
-    nearest code; gap, median of how much farther the second nearest code is; temperature_in_gaps.
+    sampling_entropy, mean over states in nats, and effective_k, its exponential; nearest_chance, mean probability of
+    the nearest code; gap, median of how much farther the second nearest is; temperature_in_gaps.
     """
     settings, entropies, chances, gaps = model.settings, [], [], []
     for z in model.encodings(states, size=rows):
@@ -2205,15 +2204,14 @@ class Concepts:
     @torch.no_grad()
     def assign(self, states: Float[Tensor, "N D"], rows: int = 16384) -> Int[Tensor, "N"]:
         """The concept of each state of layer `reads`."""
-        def codes(block: Float[Tensor, "b D"]) -> Int[Tensor, "b"]:
-            return self.scores(block).argmax(1) if self.scores else nearest(block, self.vectors)[0]
-
-        return torch.cat([codes(block) for block in blocks(states, size=rows)])
+        codes = (self.scores(block).argmax(1) if self.scores else nearest(block, self.vectors)[0]
+                 for block in blocks(states, size=rows))
+        return torch.cat(list(codes))
 
 
 def ward(x: Float[Tensor, "N D"], k: int) -> Float[Tensor, "K D"]:
-    """Centroids of agglomerative clusters, Ward linkage on Euclidean distances, as in Yu et al. 2024. The cost is announced:
-    memory grows with the square of N (26.5 GB for the paper's 81,456), and so does the time, which a tenth tells."""
+    """Centroids of agglomerative clusters, Ward linkage on Euclidean distances, as in Yu et al. 2024. Says the cost:
+    memory grows with the square of N (26.5 GB for the paper's 81,456), and so does the time, scaled from a tenth."""
     from sklearn.cluster import AgglomerativeClustering
 
     began, tenth = time.perf_counter(), max(2, len(x) // 10)
@@ -2231,8 +2229,8 @@ CLUSTERS: dict[Any, str] = {"ward": "Ward clusters", "kmeans++": "k-means", "sph
 
 def clusters(acts: Activations, layer: int, how: Literal["ward", "kmeans++", "spherical", "random"],
              config: Config) -> Concepts:
-    """`n_codes` clusters of the training states: by Ward linkage of `cluster_points` of them, by k-means, by spherical k-means,
-    where CLVQ-VAE starts (equation 2), or around random states. A state is in the one of the nearest centre."""
+    """`n_codes` clusters of the training states: by Ward linkage of `cluster_points` of them, by k-means, by spherical
+    k-means, where CLVQ-VAE starts (equation 2), or around random states. A state is in that of the nearest centre."""
     states, generator, k = acts.states[layer], torch.Generator().manual_seed(config.seed), config.n_codes
     if how == "ward":
         if (points := min(len(states), config.cluster_points)) < k:
@@ -2307,7 +2305,8 @@ def sae_step(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Float[
     return loss.detach()
 
 
-def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: int, config: Config) -> SparseAutoencoder:
+def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: int,
+              config: Config) -> SparseAutoencoder:
     """A cross-layer sparse autoencoder, trained by Adam; on the CPU."""
     x, y = (acts.states[layer] for layer in layers)
     weights = neurons * (x.shape[1] + y.shape[1])
@@ -2322,7 +2321,8 @@ def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: i
     for epoch in tqdm(range(config.sae_epochs), desc=f"training SAE {neurons}", unit="epoch"):
         total = torch.zeros((), device=device)
         for batch in torch.randperm(len(x), generator=generator).split(config.sae_batch):
-            total += sae_step(sae, optimizer, *(states[batch].to(device).float() for states in (x, y)), config)
+            source, target = (states[batch].to(device).float() for states in (x, y))
+            total += sae_step(sae, optimizer, source, target, config)
         check_finite(total.item(), epoch, config)
     return sae.eval().cpu()
 
@@ -3483,7 +3483,8 @@ def code_hash(*names: str) -> str:
     return hash_text(sorted((name, known[name][0]) for name in seen))
 
 
-PROTOCOL = ("CLVQVAE", "CLUSTERS", "SAES", "Trial", "attribute", "clusters", "extract", "sae_concepts", "train", "train_sae", "reference_concepts")
+PROTOCOL = ("CLVQVAE", "CLUSTERS", "SAES", "Trial", "attribute", "clusters", "extract", "reference_concepts", "sae_concepts", "train",
+            "train_sae")
 """Code that any result on concept methods depends on."""
 MEASURED = ("faithfulness", "references", "sampling", "summarise")
 """And that what is measured of a training does."""
@@ -3938,7 +3939,8 @@ class Pipeline:
 
         settings = [self.config.n_codes, self.config.start_iterations, self.config.cluster_points, self.config.seed]
         folder = self.step("clusters", build, ["clusters", "extract"], *self.states_inputs(), how, self.layers[0], settings)
-        return Concepts(CLUSTERS[how], self.layers[0], **load_file(folder / "clusters.safetensors"))
+        kept = load_file(folder / "clusters.safetensors")
+        return Concepts(CLUSTERS[how], self.layers[0], kept["vectors"], centre=kept["centre"])
 
     def sae(self, neurons: int, top_k: int = 0) -> list[Concepts]:
         """The rows of a cross-layer sparse autoencoder; `sae_concepts`."""
@@ -4059,7 +4061,8 @@ class Pipeline:
             labels = torch.tensor(self.train["label"].to_numpy())
             methods: list[Concepts] = []
             for layer in range(1, self.model_config.num_hidden_layers + 1):
-                methods += [clusters(trial.train, layer, "random", self.config), *reference_concepts(trial.train, labels, layer, self.config)]
+                methods += [clusters(trial.train, layer, "random", self.config),
+                            *reference_concepts(trial.train, labels, layer, self.config)]
             return shift_test(methods, trial, sizes=())
 
         return self.kept("layers", compute, ["shift_test"], self.config.bootstrap)

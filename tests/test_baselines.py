@@ -1,4 +1,4 @@
-"""What CLVQ-VAE is compared with: clusters, sparse autoencoders, what nobody had to learn; and what all methods have."""
+"""What CLVQ-VAE is compared with: clusters, sparse autoencoders, concepts found without training; and what all methods have."""
 
 import copy
 from dataclasses import replace
@@ -338,7 +338,7 @@ def test_layers_of_unlike_width_can_be_crossed():
     assert f.shape == (50, 10) and torch.equal(loss, error) and sae.decoder.shape == (10, 4)
 
 
-# --- what nobody had to learn -------------------------------------------------------------------------------------
+# --- concepts found without training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_codes", [5, 50])
@@ -407,8 +407,9 @@ def test_every_method_has_what_the_tests_of_faithfulness_ask_of_it(tiny_acts, ti
     config = replace(tiny_config, epochs=1)
     learned = [clvq.train(tiny_acts, config, layers)[0] for layers in ((0, 1), (0, 0), (1, 1))]
     clustered = [clvq.clusters(tiny_acts, 0, how, config) for how in clvq.CLUSTERS]
-    unlearned, rows = clvq.reference_concepts(tiny_acts, torch.arange(60) % 2, 0, config), clvq.sae_concepts(topk, LAYERS, "SAE", config, {})
-    methods = [*learned, *clustered, *unlearned, *rows]
+    references = clvq.reference_concepts(tiny_acts, torch.arange(60) % 2, 0, config)
+    rows = clvq.sae_concepts(topk, LAYERS, "SAE", config, {})
+    methods = [*learned, *clustered, *references, *rows]
     assert [method.name for method in learned] == ["CLVQ-VAE", "single-layer VQ-VAE, layer 0", "single-layer VQ-VAE, layer 1"]
     assert len({method.name for method in methods}) == len(methods)
     for method in methods:

@@ -167,7 +167,7 @@ def test_a_checkpoint_that_lacks_a_tensor_or_has_one_of_another_size_is_refused(
     path = tmp_path / "checkpoint.safetensors"
     clvq.train(tiny_acts, replace(tiny_config, epochs=2), LAYERS, tmp_path)
     with safe_open(path, "pt") as file:
-        tensors, record = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        tensors, record = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     for fault, changed in {"lacks": None, "in another shape": torch.zeros(7, 7)}.items():
         rest = {key: value for key, value in tensors.items() if key != name}
         save_file(rest if changed is None else {**rest, name: changed}, path, record)
