@@ -253,6 +253,15 @@ def test_a_dead_code_jumps_to_a_state_of_the_batch_and_live_codes_do_not_notice(
     assert torch.cdist(before.codebook[~live], z).min() > 1
 
 
+@pytest.mark.parametrize("least", [1e-4, 0.005, 0.5])
+def test_a_dead_code_jumps_however_low_the_threshold(least):
+    counts = torch.full((12,), 10.0)
+    counts[7] = 0
+    z = 5 + torch.randn(64, 8, generator=seed(2))
+    q = updated(counts, z, torch.zeros(64, dtype=torch.long), replace_dead=least)
+    assert torch.cdist(q.codebook[7:8], z).min() < 0.15 * z.norm(dim=1).mean()  # but for the smoothing of a low count
+
+
 def test_a_code_that_the_batch_brings_over_the_threshold_stays():
     counts = torch.full((12,), 0.5)
     z, codes = 5 + torch.randn(64, 8, generator=seed(2)), torch.zeros(64, dtype=torch.long)

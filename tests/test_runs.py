@@ -200,8 +200,9 @@ def test_kill_9_in_the_middle_of_extraction_loses_nothing_cached_and_leaves_noth
 def test_the_states_that_training_will_have_are_known_before_anything_long_and_too_few_are_refused(pipeline, refused):
     acts = pipeline.activations("train")
     rows = acts.rows(clvq.split_sentences(len(acts.lengths), pipeline.config)[0])
-    assert pipeline.expected_states.tolist() == acts.lengths.tolist()
-    assert pipeline.cost["states"] == len(rows) < len(acts.tokens)                           # a part is held out
+    lost = acts.source["words_lost"]                                                         # to the tokenizer
+    assert len(acts.tokens) <= pipeline.expected_states.sum() <= len(acts.tokens) + lost
+    assert len(rows) <= pipeline.cost["states"] <= len(rows) + lost < len(acts.tokens)       # a part is held out
     fresh = pipeline.changed(data_seed=7)
     assert fresh.changed(n_codes=fresh.cost["states"]).check()
     with refused("n_codes", "lower n_codes or take more text"):

