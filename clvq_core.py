@@ -1719,39 +1719,31 @@ def nearest(x: Float[Tensor, "N D"], centres: Float[Tensor, "K D"],
     return torch.cat(labels), torch.cat(distances)
 
 
-def seed_centres(x: Float[Tensor, "N D"], k: int, generator: torch.Generator) -> Float[Tensor, "K D"]:
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007): each centre is the best of 2 + log k rows drawn by distance."""
-    trials = 2 + int(math.log(k))
+def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Generator,
+           spherical: bool = False) -> tuple[Float[Tensor, "K D"], Int[Tensor, "N"]]:
+    """Centres and the cluster of each row, by greedy k-means++ (Arthur & Vassilvitskii 2007) and Lloyd's iterations.
+    ``spherical``: all have unit length, so that the nearest centre has the highest cosine (Dhillon & Modha 2001)."""
+    x = F.normalize(x, dim=1) if spherical else x
     squares = x.square().sum(1)
-    first = torch.randint(len(x), (1,), generator=generator).to(x.device)
-    closest = nearest(x, x[first])[1]                                       # (N,) squared distance to the nearest
-    chosen = [first]
-    for _ in range(k - 1):
+    chosen = [torch.randint(len(x), (1,), generator=generator).to(x.device)]
+    closest = nearest(x, x[chosen[0]])[1]                                   # (N,) squared distance to a chosen row
+    for _ in range(k - 1):                                                  # the best of a few rows drawn by distance
         cumulative = closest.double().cumsum(0)
-        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
+        draws = torch.rand(2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, draws).clamp_max_(len(x) - 1)
         gaps = torch.addmm(squares[candidates], x, x[candidates].T, alpha=-2).add_(squares[:, None]).clamp_min_(0)
-        gaps = torch.minimum(gaps, closest[:, None])                                        # (N, trials)
+        gaps = torch.minimum(gaps, closest[:, None])                        # (N, candidates)
         best = gaps.sum(0).argmin()
         closest = gaps[:, best]
         chosen.append(candidates[best][None])
-    return x[torch.cat(chosen)]
+    centres = x[torch.cat(chosen)]
 
-
-def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Generator,
-           spherical: bool = False) -> tuple[Float[Tensor, "K D"], Int[Tensor, "N"]]:
-    """Centres and the cluster of each row, by k-means++ and Lloyd's iterations; an empty cluster keeps its centre.
-    ``spherical``: all have unit length, so that the nearest centre has the highest cosine (Dhillon & Modha 2001)."""
-    if spherical:
-        x = F.normalize(x, dim=1)
-    centres = seed_centres(x, k, generator)
     labels = nearest(x, centres)[0]
     for _ in range(iterations):
-        sums = torch.zeros_like(centres).index_add_(0, labels, x)
-        counts = labels.bincount(minlength=k)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
-        if spherical:
-            centres = F.normalize(centres, dim=1)
+        counts = labels.bincount(minlength=k)[:, None]
+        means = torch.zeros_like(centres).index_add_(0, labels, x) / counts.clamp_min(1)
+        centres = torch.where(counts > 0, means, centres)                   # an empty cluster keeps its centre
+        centres = F.normalize(centres, dim=1) if spherical else centres
         before, labels = labels, nearest(x, centres)[0]
         if torch.equal(before, labels):
             break
@@ -1770,9 +1762,8 @@ def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, genera
         codes = states[rows[torch.randperm(len(rows), generator=generator)[:k]]].float().to(device)
     else:
         most = max(k, min(MAX_POINTS_PER_CODE * k, MAX_NUMBERS // states.shape[1]))
-        sample = rows
-        if len(rows) > most:
-            sample = rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
+        few = len(rows) <= most
+        sample = rows if few else rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
         codes, _ = kmeans(states[sample].to(device).float(), k, settings.start_iterations, generator, spherical)
     counts, lengths = torch.zeros(2, k, device=device)
     for block in blocks(states, rows):
