@@ -136,7 +136,7 @@ def epochs_done(folder: Path) -> int:
     """How far a run in another process has come, by its checkpoint."""
     try:
         with safe_open(folder / "checkpoint.safetensors", "pt") as file:
-            return json.loads(file.metadata()["record"])["epoch"]
+            return json.loads(file.metadata()["history"])[-1]["epoch"]
     except FileNotFoundError:
         return 0
 
@@ -162,7 +162,7 @@ def test_a_run_that_was_killed_goes_on_to_the_weights_of_one_that_was_not(tiny_a
     assert same_weights(straight, resumed) and same_history(history, continued)
 
 
-@pytest.mark.parametrize("name", ["model/quantizer.sums", "best/quantizer.codebook", "adam/0.exp_avg", "adam/3.step"])
+@pytest.mark.parametrize("name", ["model/quantizer.sums", "best/quantizer.codebook", "adam/0/exp_avg", "adam/3/step"])
 def test_a_checkpoint_that_lacks_a_tensor_or_has_one_of_another_size_is_refused(refused, tiny_acts, tiny_config, tmp_path, name):
     path = tmp_path / "checkpoint.safetensors"
     clvq.train(tiny_acts, tiny_config.replace(epochs=2), LAYERS, tmp_path)
