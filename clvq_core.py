@@ -65,6 +65,8 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -1809,9 +1811,7 @@ class Quantized(NamedTuple):
 
 class Quantizer(nn.Module):
     """K codes. A state becomes one of its `top_k` nearest in training, its nearest in evaluation; always in float32.
-
-    Codes move by `update` alone (appendix A.1), which keeps raw counts and sums and smooths them on the fly.
-    """
+    Codes move by `update` alone (appendix A.1), which keeps raw counts and sums and smooths them on the fly."""
 
     def __init__(self, width: int, settings: ModelSettings) -> None:
         super().__init__()
@@ -1890,10 +1890,8 @@ def round_up(n: int, multiple: int) -> int:
 
 
 class Layout:
-    """Where N packed rows, one sentence after the other, go in L lines of T places that sentences share.
-
-    The longest sentence is placed first, and each goes to the first line with room for it.
-    """
+    """Where N packed rows, one sentence after the other, go in L lines of T places that sentences share: the longest
+    sentence first, each in the first line with room for it."""
 
     def __init__(self, lengths: Int[Tensor, "B"], mask: str, device: torch.device) -> None:
         sizes, line_size = lengths.tolist(), round_up(int(lengths.max()), 32)
@@ -1918,11 +1916,8 @@ class Layout:
 
 
 class Decoder(nn.Module):
-    """Section 2.3: a transformer decoder over the codes with cross-attention to a memory, then a linear map.
-
-    Layers and arithmetic are PyTorch's, without padding: sentences are packed one after the other, and share lines
-    (`Layout`) in attention alone, where none sees another.
-    """
+    """Section 2.3: a transformer decoder over the codes with cross-attention to a memory, then a linear map. Layers and
+    arithmetic are PyTorch's, without padding: sentences share lines (`Layout`) in attention alone, none sees another."""
 
     def __init__(self, width: int, target_width: int, settings: ModelSettings) -> None:
         super().__init__()
@@ -1991,9 +1986,6 @@ class Output(NamedTuple):
 
 def load_tensors(path: Path, expected: Mapping[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
     """All tensors of a safetensors file. ValueError unless names and shapes are the expected ones."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         tensors = load_file(path, device)
     except SafetensorError as error:
@@ -2204,13 +2196,9 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
           start: Callable[..., tuple[Tensor, Tensor]] = start_codebook) -> tuple[CLVQVAE, pd.DataFrame]:
     """A trained CLVQ-VAE with its best weights, and its history: one row per epoch, epoch 0 being the start.
 
-    With a ``folder``, a checkpoint is kept there after each epoch. A later call goes on from it, with as many threads
-    to the same weights bit for bit: all that is random in an epoch depends on (seed, epoch). FloatingPointError if a
-    loss is not finite; the checkpoint of the last good epoch stays.
+    With a ``folder``, each epoch leaves a checkpoint, from which a later call goes on, with as many threads to the same
+    weights bit for bit. FloatingPointError if a loss is not finite; the checkpoint of the last good epoch stays.
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     source, target = layers
     fitted, held = split_sentences(len(acts.lengths), config)
     rows, device = acts.rows(fitted), best_device()
@@ -2351,10 +2339,9 @@ CLUSTERS: dict[Any, str] = {"ward": "Ward clusters", "kmeans++": "k-means", "sph
                             "random": "random states"}
 
 
-def clusters(acts: Activations, layer: int, how: Literal["ward", "kmeans++", "spherical", "random"],
-             config: Config) -> Concepts:
-    """`n_codes` clusters of the training states: by Ward linkage of `cluster_points` of them (Yu et al. 2024), by
-    k-means, by spherical k-means, where CLVQ-VAE starts (equation 2), or around random states. A state is in that of
+def clusters(acts: Activations, layer: int, how: str, config: Config) -> Concepts:
+    """`n_codes` clusters of the training states, by one of `CLUSTERS`: Ward linkage of `cluster_points` of them (Yu et
+    al. 2024), k-means, spherical k-means, where CLVQ-VAE starts (equation 2), or random states. A state is in that of
     the nearest centre. Ward's memory (26.5 GB for the paper's 81,456) and time grow with the square of the points."""
     states, generator, k = acts.states[layer], torch.Generator().manual_seed(config.seed), config.n_codes
     if how == "ward":
@@ -2483,9 +2470,9 @@ def sae_concepts(sae: SparseAutoencoder, layers: tuple[int, int], name: str, con
 def reference_concepts(acts: Activations, labels: Int[Tensor, "S"], layer: int, config: Config) -> list[Concepts]:
     """Concepts found without training, around the mean of all training states.
 
-    Random codes: Gaussian, with the mean and deviations of the states. Principal components: a state has the one along
-    which it deviates most, in standard deviations. Class means, a supervised ceiling: the mean summary state of each
-    class less that of the others; a state has the one it points to most.
+    Random codes: Gaussian, with the states' mean and deviations. Principal components: a state has the one along which
+    it deviates most, in standard deviations. Class means, a supervised ceiling: the mean summary state of each class
+    less that of the others; a state has the one it points to most.
     """
     states, generator = acts.states[layer], torch.Generator().manual_seed(config.seed)
     mean, covariance = (part.float() for part in moments(states, covariance=True))
