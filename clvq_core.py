@@ -1917,7 +1917,7 @@ class Layout:
 
 class Decoder(nn.Module):
     """Section 2.3: a transformer decoder over the codes with cross-attention to a memory, then a linear map. Layers and
-    arithmetic are PyTorch's, without padding: sentences share lines (`Layout`) in attention alone, none sees another."""
+    arithmetic are PyTorch's, without padding: in attention alone do sentences share lines, and none sees another."""
 
     def __init__(self, width: int, target_width: int, settings: ModelSettings) -> None:
         super().__init__()
