@@ -4525,7 +4525,7 @@ class Pipeline:
     # --- concept methods ------------------------------------------------------------------------------------------
 
     @Step(1, names_of("n_codes start_iterations cluster_points seed"), lambda p, *_: [p.states_call()])
-    def cluster_vectors(self, how: str, layer: int) -> dict[str, Tensor]:
+    def cluster_vectors(self, how: Any, layer: int) -> dict[str, Tensor]:
         """Clusters of a layer's training states; `clusters`."""
         method = clusters(self.activations("train"), layer, how, self.config)
         return {"vectors": method.vectors, "centre": method.centre}
