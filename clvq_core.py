@@ -3930,7 +3930,7 @@ def items_needed(answers: pd.DataFrame, methods: tuple[str, str], difference: fl
 
 
 # ======================================================================================================================
-# 15 Steps, pipeline, notebooks, sweeps
+# 15 Steps, pipeline, sweeps
 # ======================================================================================================================
 def names_of(*parts: type[Settings] | str, without: str = "") -> list[str]:
     """Names of settings: all those of a class, or those in a text, less some."""
@@ -3957,9 +3957,8 @@ def read_result(folder: Path, name: str = "result") -> Any:
     """What `write_result` wrote."""
     from safetensors.torch import load_file
 
-    if (folder / f"{name}_0.parquet").exists() or (folder / f"{name}_0.safetensors").exists():
-        parts = sorted({path.stem for path in folder.glob(f"{name}_[0-9]*")})
-        return tuple(read_result(folder, part) for part in parts)
+    if parts := sorted(folder.glob(f"{name}_?.*")):
+        return tuple(read_result(folder, part.stem) for part in parts)
     if (path := folder / f"{name}.parquet").exists():
         return pd.read_parquet(path)
     if (path := folder / f"{name}.safetensors").exists():
@@ -3974,10 +3973,10 @@ STEPS: dict[str, Step] = {}
 class Step:
     """Makes a method of `Pipeline` a step, whose result is computed once and kept on disk.
 
-    Its key hashes the step's name and ``version``, the values of the ``settings`` it reads, its arguments, and its
-    ``inputs``: the steps it reads from (`StepCall`, which stands for that step's own key) and what comes from outside.
-    So a result is served only for the same inputs all the way down, and editing a comment or another step invalidates
-    nothing. Whoever changes what a step computes raises its version (a test notices if it was forgotten).
+    A step declares its ``version``, the ``settings`` it reads and its ``inputs``: the steps it reads from, and what comes
+    from outside. Its key (`StepCall.stable_key`) hashes these, so a result is served only for the same inputs all the way
+    down, and editing a comment or another step invalidates nothing. Whoever changes what a step computes raises its
+    version (a test notices if it was forgotten).
 
     A step without arguments is read like an attribute. With ``load``, the method writes its result to the folder it is
     given and ``load`` reads it back; otherwise the returned value is written by `write_result`.
@@ -3989,8 +3988,8 @@ class Step:
 
     def __call__(self, method: Callable[..., Any]) -> Step:
         self.method, self.name, self.__doc__ = method, method.__name__, method.__doc__
-        parameters = [p for p in inspect.signature(method).parameters.values() if p.name not in ("self", "folder")]
-        self.signature = inspect.Signature(parameters)
+        parameters = inspect.signature(method).parameters.values()
+        self.signature = inspect.Signature([part for part in parameters if part.name not in ("self", "folder")])
         STEPS[self.name] = self
         return self
 
@@ -3998,52 +3997,10 @@ class Step:
         if pipeline is None:
             return self
         if self.signature.parameters:
-            return lambda *arguments: self.read(self.folder(pipeline, *arguments))
+            return lambda *arguments: pipeline.call(self.name, *arguments).result()
         if self.name not in pipeline.results:
-            pipeline.results[self.name] = self.read(self.folder(pipeline))
+            pipeline.results[self.name] = pipeline.call(self.name).result()
         return pipeline.results[self.name]
-
-    def arguments(self, given: Sequence[Any]) -> tuple[Any, ...]:
-        """All arguments, those left out at their defaults."""
-        bound = self.signature.bind(*given)
-        bound.apply_defaults()
-        return bound.args
-
-    def key(self, pipeline: Pipeline, *given: Any) -> str:
-        """What the result with these arguments depends on, as a short hash."""
-        arguments = self.arguments(given)
-        values = {name: getattr(pipeline.config, name) for name in self.settings}
-        return hash_text(self.name, self.version, values, arguments, self.inputs(pipeline, *arguments))[:20]
-
-    def reads_from(self, pipeline: Pipeline, *given: Any) -> list[StepCall]:
-        """The steps whose results this one reads."""
-        calls, todo = [], [*self.inputs(pipeline, *self.arguments(given))]
-        while todo:
-            part = todo.pop(0)
-            if isinstance(part, StepCall):
-                calls.append(part)
-            elif isinstance(part, list):
-                todo += part
-        return calls
-
-    def path(self, pipeline: Pipeline, *given: Any) -> Path:
-        """Where the result is, once it has been computed."""
-        return pipeline.cache / f"{self.name}-{self.key(pipeline, *given)}"
-
-    def folder(self, pipeline: Pipeline, *given: Any) -> Path:
-        """The same, computed first if it is not there."""
-        arguments = self.arguments(given)
-
-        def build(folder: Path) -> None:
-            if self.load:
-                self.method(pipeline, *arguments, folder=folder)
-            else:
-                write_result(folder, self.method(pipeline, *arguments))
-
-        return cached_step(self.path(pipeline, *given), build, step=self.name, seed=pipeline.config.seed)
-
-    def read(self, folder: Path) -> Any:
-        return (self.load or read_result)(folder)
 
 
 @dataclass(frozen=True)
@@ -4051,21 +4008,47 @@ class StepCall:
     """A step of a pipeline with its arguments."""
 
     pipeline: Pipeline
-    name: str
-    arguments: tuple[Any, ...] = ()
+    step: Step
+    arguments: tuple[Any, ...]
 
-    @property
+    @cached_property
+    def inputs(self) -> Sequence[Any]:
+        return self.step.inputs(self.pipeline, *self.arguments)
+
+    @cached_property
     def stable_key(self) -> str:
-        """What `hash_text` takes for it."""
-        return STEPS[self.name].key(self.pipeline, *self.arguments)
-
-    @property
-    def path(self) -> Path:
-        return STEPS[self.name].path(self.pipeline, *self.arguments)
+        """Hash of all that the result depends on; what `hash_text` takes for a call."""
+        settings = {name: getattr(self.pipeline.config, name) for name in self.step.settings}
+        return hash_text(self.step.name, self.step.version, settings, self.arguments, self.inputs)[:20]
 
     @property
     def reads_from(self) -> list[StepCall]:
-        return STEPS[self.name].reads_from(self.pipeline, *self.arguments)
+        """The steps whose results this one reads."""
+        calls, left = [], [*self.inputs]
+        while left:
+            part = left.pop(0)
+            calls += [part] if isinstance(part, StepCall) else []
+            left += part if isinstance(part, list) else []
+        return calls
+
+    @property
+    def path(self) -> Path:
+        """Folder of the result, once it has been computed."""
+        return self.pipeline.cache / f"{self.step.name}-{self.stable_key}"
+
+    def folder(self) -> Path:
+        """Folder of the result, which is computed first if it is not there."""
+
+        def build(folder: Path) -> None:
+            if self.step.load:
+                self.step.method(self.pipeline, *self.arguments, folder=folder)
+            else:
+                write_result(folder, self.step.method(self.pipeline, *self.arguments))
+
+        return cached_step(self.path, build, step=self.step.name, seed=self.pipeline.config.seed)
+
+    def result(self) -> Any:
+        return (self.step.load or read_result)(self.folder())
 
 
 def step_versions() -> dict[str, int]:
@@ -4100,8 +4083,7 @@ def default_workers() -> int:
 
 
 ONE_AT_A_TIME = threading.Lock()
-"""Threads and stderr belong to the whole process: a worker that was started with several threads still runs one
-call."""
+"""Threads and stderr belong to the whole process, so a worker with several threads still runs one call at a time."""
 
 
 def try_call(function: Callable[..., Any], arguments: Sequence[Any], retries: int) -> Any:
@@ -4199,10 +4181,10 @@ def precompute(results: Sequence[tuple[Any, ...]], workers: int | None = None) -
             waiting[call.path] = call
 
     for pipeline, name, *arguments in results:
-        collect(StepCall(pipeline, name, tuple(arguments)))
+        collect(pipeline.call(name, *arguments))
     with tqdm(total=len(waiting), desc="computing in parallel", unit="result", disable=not waiting) as bar:
         while ready := [call for call in waiting.values() if all(other.path.exists() for other in call.reads_from)]:
-            calls = [(call.pipeline.config, call.pipeline.cache, call.name, *call.arguments) for call in ready]
+            calls = [(call.pipeline.config, call.pipeline.cache, call.step.name, *call.arguments) for call in ready]
             for _ in run_parallel(compute, calls, workers, retries=0):
                 bar.update()
             for call in ready:
@@ -4220,10 +4202,9 @@ IN_MODEL = names_of("words max_tokens batch_tokens inference_precision")
 """Settings that many steps read: the probe's, of tables over all methods, of the language model's answers."""
 ANALYSIS = 1
 """Version of what notebooks compute from results of steps (summaries, intervals, tables)."""
-RELEASED_CHOICES: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform", **STEADY,
-                                    "probe_stopping": "inner"}
-"""Choices of the ``authors`` preset that `Pipeline.ablate_released_choices` undoes one at a time, and what they
-become."""
+RELEASED_CHOICES: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform",
+                                    "learning_rate": 1e-3, "probe_stopping": "inner"}
+"""Choices of the authors that `Pipeline.ablate_released_choices` undoes one at a time, and what they become."""
 
 
 @lru_cache(maxsize=4)
@@ -4240,7 +4221,7 @@ def load_vqvae(folder: Path) -> CLVQVAE:
 
 class Pipeline:
     """Every step from a corpus to its results. A step is computed when it is first asked for and cached under its
-    `Step.key`, so that another notebook or a second run finds it done."""
+    `StepCall.stable_key`, so that another notebook or a second run finds it done."""
 
     def __init__(self, config: Config, cache: Path | None = None) -> None:
         self.config, self.cache = config, cache or cache_folder()
@@ -4250,12 +4231,14 @@ class Pipeline:
     # --- what steps are made of -----------------------------------------------------------------------------------
 
     def call(self, step: str, *arguments: Any) -> StepCall:
-        """A step with its arguments, as an input of another."""
-        return StepCall(self, step, arguments)
+        """A step with its arguments, those left out at their defaults."""
+        bound = STEPS[step].signature.bind(*arguments)
+        bound.apply_defaults()
+        return StepCall(self, STEPS[step], bound.args)
 
     def folder(self, step: str, *arguments: Any) -> Path:
         """Folder of a step's result, which is computed first if it is not there."""
-        return STEPS[step].folder(self, *arguments)
+        return self.call(step, *arguments).folder()
 
     def is_cached(self, step: str, *arguments: Any) -> bool:
         """Whether a step's result is there already."""
@@ -4421,8 +4404,8 @@ class Pipeline:
 
     @cached_property
     def cost(self) -> dict[str, float]:
-        """What training will take, before anything is computed: states it is done on, gflop, memory_mib of these, disk_mib
-        of all that are kept."""
+        """What training will take, before anything is computed: states it is done on, gflop, memory_mib of these,
+        disk_mib of all that are kept."""
         config, width = self.config, self.model_config.hidden_size
         states = int(self.expected_states[split_sentences(len(self.train), config)[0]].sum())
         layers = len(self.every_layer) if config.all_layers else 2
@@ -4645,8 +4628,7 @@ class Pipeline:
         """Faithfulness of CLVQ-VAE alone, to compare its settings."""
         return faithfulness([self.clvqvae], self.trial)
 
-    @Step(1, TABLE,
-          lambda p, *_: [p.method_calls, p.trial_calls])
+    @Step(1, TABLE, lambda p, *_: [p.method_calls, p.trial_calls])
     def retrained(self, methods: Sequence[str]) -> pd.DataFrame:
         """What removals do to probes that are trained on the changed states, for the methods of these names;
         `retrained`."""
@@ -4687,8 +4669,8 @@ class Pipeline:
         `concept_effects`."""
         model, acts, layer = self.clvqvae, self.activations("test"), self.layers[0]
         tokens = acts.tokens.assign(concept=model.assign(acts.states[layer]).numpy())
-        return concept_effects(model, self.language_model, self.test["text"].tolist(), tokens, self.centres, self.code_use,
-                               self.config)
+        return concept_effects(model, self.language_model, self.test["text"].tolist(), tokens, self.centres,
+                               self.code_use, self.config)
 
     @cached_property
     def centres(self) -> Centres:

@@ -80,7 +80,7 @@ def units(path: Path) -> dict[str, tuple[str, set[str]]]:
     return found
 
 
-IGNORED = {"__all__", "__version__", "Pipeline", "STEPS", "Step", "announce_cost", "training_speed", "environment", "peak_memory", "cached_step", "PRESETS",
+IGNORED = {"__all__", "__version__", "Pipeline", "STEPS", "Step", "StepCall", "announce_cost", "training_speed", "environment", "peak_memory", "cached_step", "PRESETS",
            "Pipeline.provenance"}
 """What may change without a result changing."""
 

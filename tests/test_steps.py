@@ -164,19 +164,20 @@ def test_a_step_reads_only_settings_that_it_or_a_step_it_reads_from_declares(mon
         yield
         reading.pop()
 
-    def key(self, pipeline, *given):
+    def key(self):
+        name = self.step.name
         if reading:
-            reads_from.setdefault(reading[-1].removeprefix("key of "), set()).add(self.name)
-        with inside(f"key of {self.name}"):
-            return original_key(self, pipeline, *given)
+            reads_from.setdefault(reading[-1].removeprefix("key of "), set()).add(name)
+        with inside(f"key of {name}"):
+            return original_key.func(self)
 
-    def folder(self, pipeline, *given):
+    def folder(self):
         with inside("record of"):                                                            # environment.json names the seed
-            return original_folder(self, pipeline, *given)
+            return original_folder(self)
 
-    original_key, original_folder = clvq.Step.key, clvq.Step.folder
-    monkeypatch.setattr(clvq.Step, "key", key)
-    monkeypatch.setattr(clvq.Step, "folder", folder)
+    original_key, original_folder = vars(clvq.StepCall)["stable_key"], clvq.StepCall.folder
+    monkeypatch.setattr(clvq.StepCall, "stable_key", property(key))
+    monkeypatch.setattr(clvq.StepCall, "folder", folder)
     for step in clvq.STEPS.values():
         def method(*arguments, step=step, original=step.method, **folder):
             with inside(step.name):
