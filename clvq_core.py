@@ -1429,16 +1429,16 @@ def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     Columns: sentence, position (0 summary, words from 1), word, is_summary, first and last (sub-words, counted over all
     sentences). ``attrs["lost"]`` counts words without sub-words: cut, dropped by the tokenizer, or merged with others.
     """
+    kept = encoded.word >= 0
+    kept[encoded.offsets[1:] - 1 if lm.prompt else encoded.offsets[:-1]] = True             # the summaries
     subwords = pd.DataFrame({"sentence": torch.repeat_interleave(encoded.offsets.diff()).numpy(),
-                             "position": encoded.word.numpy() + 1})
-    subwords.loc[(encoded.offsets[1:] if lm.prompt else encoded.offsets[:-1] + 1).numpy() - 1, "is_summary"] = True
-    subwords = subwords[(subwords["position"] > 0) | subwords.pop("is_summary").notna()].rename_axis("at").reset_index()
+                             "position": encoded.word.numpy() + 1, "at": np.arange(len(kept))})[kept.numpy()]
     tokens = subwords.groupby(["sentence", "position"], sort=False)["at"].agg(first="min", last="max").reset_index()
     summary = "[END]" if lm.prompt else lm.tokenizer.cls_token
     tokens.insert(2, "word", [encoded.words[sentence][position - 1] if position else summary
                               for sentence, position in zip(tokens["sentence"], tokens["position"], strict=True)])
     tokens.insert(3, "is_summary", tokens["position"] == 0)
-    tokens.attrs["lost"] = sum(map(len, encoded.words)) - int((tokens["position"] > 0).sum())
+    tokens.attrs["lost"] = sum(map(len, encoded.words)) + len(encoded.words) - len(tokens)
     return tokens
 
 
@@ -1446,15 +1446,12 @@ def frequency_filter(tokens: pd.DataFrame, config: Config) -> Bool[np.ndarray, "
     """Which rows stay: summaries, and up to `max_count` occurrences of each word that occurs `min_count` times."""
     if config.frequency_filter == "none":
         return np.ones(len(tokens), dtype=bool)
-    order = np.arange(len(tokens))
-    if config.frequency_filter == "uniform":
-        order = np.random.default_rng(config.data_seed).permutation(len(tokens))
-    is_summary = tokens["is_summary"].to_numpy()
-    words = tokens["word"][~is_summary]
-    shuffled = words.loc[order[~is_summary[order]]]
-    occurrence = shuffled.groupby(shuffled).cumcount().reindex(words.index)
-    stays = (occurrence < config.max_count) & (words.groupby(words).transform("size") >= config.min_count)
-    return is_summary | stays.reindex(tokens.index, fill_value=False).to_numpy()
+    draw = np.random.default_rng(config.data_seed)
+    shuffled = tokens.iloc[draw.permutation(len(tokens))] if config.frequency_filter == "uniform" else tokens
+    words = shuffled.loc[~shuffled["is_summary"], "word"]
+    occurrences = words.groupby(words)
+    stays = (occurrences.cumcount() < config.max_count) & (occurrences.transform("size") >= config.min_count)
+    return (tokens["is_summary"] | stays.reindex(tokens.index, fill_value=False)).to_numpy()
 
 
 BATCHES_PER_READ = 16
@@ -1468,7 +1465,6 @@ class Activations:
     states: dict[int, Float[Tensor, "N D"]]
     """States by layer, half precision, memory-mapped, on the CPU."""
     offsets: Int[Tensor, "S+1"]
-    """Where sentences begin."""
     tokens: pd.DataFrame
     """A row for each state: sentence, position, word, is_summary."""
     source: dict[str, Any]
@@ -1491,7 +1487,7 @@ class Activations:
 
     def stream(self, batches: Sequence[Int[Tensor, "B"]], layers: Sequence[int],
                device: torch.device) -> Iterator[tuple[list[Float[Tensor, "N D"]], Int[Tensor, "B"]]]:
-        """For each batch of sentences, its states of each layer in float32, without padding, and its lengths.
+        """For each batch of sentences: its states of each layer in float32, without padding, and its lengths.
 
         `BATCHES_PER_READ` batches are read at once, in the order of the disk, while those before are computed on.
         """
@@ -1500,12 +1496,12 @@ class Activations:
             states = [torch.from_numpy(self.states[layer].numpy()[rows]) for layer in layers]
             return [part.pin_memory() if device.type == "cuda" else part for part in states]
 
+        def begin(pool: Sequence[Int[Tensor, "B"]]) -> tuple[Int[Tensor, "s"], Future[list[Tensor]]]:
+            sentences = torch.cat(list(pool)).sort().values
+            return sentences, reader.submit(read, self.rows(sentences).numpy())
+
         pools = [batches[i:i + BATCHES_PER_READ] for i in range(0, len(batches), BATCHES_PER_READ)]
         with ThreadPoolExecutor(1) as reader:
-            def begin(pool: Sequence[Int[Tensor, "B"]]) -> tuple[Int[Tensor, "s"], Future[list[Tensor]]]:
-                sentences = torch.cat(list(pool)).sort().values
-                return sentences, reader.submit(read, self.rows(sentences).numpy())
-
             pending = [begin(pool) for pool in pools[:1]]
             for i, pool in enumerate(pools):
                 sentences, reading = pending.pop()
@@ -1526,8 +1522,8 @@ class Activations:
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")      # nothing writes to it
             states = {layer: torch.from_numpy(np.load(folder / f"layer_{layer}.npy", mmap_mode="r", allow_pickle=False))
                       for layer in source["layers"]}
-        counts = np.bincount(tokens["sentence"], minlength=source["sentences"])
-        return cls(states, torch.from_numpy(np.concatenate([[0], counts.cumsum()])), tokens, source)
+        offsets = np.searchsorted(tokens["sentence"], np.arange(source["sentences"] + 1))
+        return cls(states, torch.from_numpy(offsets), tokens, source)
 
 
 @torch.no_grad()
@@ -1535,26 +1531,25 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
             filtered: bool = True) -> Activations:
     """States of the summary and of every word, for any layers in one pass, written to ``folder`` in half precision.
 
-    Batches are of like length; only blocks up to the highest layer run; only rows that pass the frequency filter
-    (``filtered``) are kept. A word is its last, first or mean sub-word. ValueError for states that are not finite.
+    A word has the state of its last or first sub-word, or their mean. Only rows that pass the frequency filter are kept
+    (``filtered``), and only blocks up to the highest layer run. ValueError for states that are not finite.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
     lost, seen = tokens.attrs["lost"], len(tokens)
     tokens = (tokens[frequency_filter(tokens, config)] if filtered else tokens).reset_index(drop=True)
     layers, width = sorted(set(layers)), lm.model.config.hidden_size
-    operations = 2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids)
-    announce_cost(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}", operations,
-             4 * lm.block_weights, len(tokens) * len(layers) * width * 2)
+    announce_cost(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}",
+                  operations=2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids),
+                  memory=4 * lm.block_weights, disk=len(tokens) * len(layers) * width * 2)
     files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", np.float16, (len(tokens), width))
              for layer in layers}
     first, last = torch.from_numpy(tokens[["first", "last"]].to_numpy().copy()).unbind(1)
     offsets = torch.from_numpy(np.searchsorted(tokens["sentence"], np.arange(len(texts) + 1)))
     with tqdm(total=len(texts), desc="extracting", unit="sentence", mininterval=1) as bar:
         for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
-            ids, mask = pad_ids(lm, encoded, batch)
             with autocast(lm.device, config.inference_precision):
-                hidden = layer_states(lm, layers, ids, mask)
+                hidden = layer_states(lm, layers, *pad_ids(lm, encoded, batch))
             rows, real = pad_rows(offsets, batch)
             line, rows = real.nonzero()[:, 0], rows[real]                                   # (n,) line of the batch
             shift = encoded.offsets[batch][line]
@@ -1589,8 +1584,8 @@ def integrated_gradients(logits_of: Callable[[Tensor, Tensor], Tensor], state: F
                          config: Config) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B C"]]:
     r"""How much each position moves the logit of the predicted class from the baseline, and the logits.
 
-    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt`, summed over the width, by a Gauss-Legendre
-    rule of `salience_steps` points, as many in one pass as `batch_tokens` holds.
+    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt` (Sundararajan et al. 2017), summed over the
+    width, by a Gauss-Legendre rule of `salience_steps` points, as many in one pass as `batch_tokens` holds.
     """
     rule = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(config.salience_steps))).float().to(state.device)
     points, weights = rule[0] / 2 + 0.5, rule[1] / 2                                        # from [-1, 1] to [0, 1]
@@ -1610,42 +1605,39 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
               config: Config) -> tuple[pd.DataFrame, Float[Tensor, "S C"]]:
     """How much each word's state at a layer moves the model to the class it predicts, and the logits.
 
-    `integrated_gradients` (Sundararajan et al. 2017), L2-normalised over the sentence, the largest over a word's
-    sub-words, as in the authors' code. The baseline is the state of the same layer for another input
-    (`salience_baseline`). Only the blocks above the layer run. The table is that of `align_words` with a column
-    salience; the final separator has no row. The summary of a prompt belongs to the prompt: its salience is missing.
+    `integrated_gradients`, L2-normalised over the sentence, the largest over a word's sub-words, as in the authors'
+    code. The baseline is the state of the same layer for another input (`salience_baseline`). The table is that of
+    `align_words` with a column salience, which is missing at the summary of a prompt.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
-    salience = torch.zeros(len(encoded.ids))
-    logits = torch.empty(len(texts), lm.model.config.num_labels)
-
-    @torch.no_grad()
-    def states_below(ids: Tensor, mask: Tensor) -> Tensor:
-        return layer_states(lm, [layer], ids, mask)[layer].float()
-
+    salience, logits = torch.zeros(len(encoded.ids)), torch.empty(len(texts), lm.model.config.num_labels)
     batches = length_batches(encoded.offsets.diff(), max(1, config.batch_tokens // 4))
     passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers  # there and back
     announce_cost(f"salience of {len(texts):,} texts at {config.salience_steps} points",
-             2 * passes * lm.block_weights * len(encoded.ids), 4 * lm.block_weights)
-    mean = None
+                  operations=2 * passes * lm.block_weights * len(encoded.ids), memory=4 * lm.block_weights)
+
+    @torch.no_grad()
+    def states_of(ids: Tensor, mask: Tensor) -> Float[Tensor, "B T D"]:
+        return layer_states(lm, [layer], ids, mask)[layer].float()
+
     if config.salience_baseline == "mean":
         padded = [pad_ids(lm, encoded, batch) for batch in batches]
-        mean = torch.stack([states_below(ids, mask)[mask].sum(0) for ids, mask in padded]).sum(0) / len(encoded.ids)
+        mean = torch.stack([states_of(ids, mask)[mask].sum(0) for ids, mask in padded]).sum(0) / len(encoded.ids)
     empty = lm.tokenizer.pad_token_id if config.salience_baseline == "pad" else 0
     with tqdm(total=len(texts), desc="integrated gradients", unit="sentence", mininterval=1) as bar:
         for batch in batches:
             ids, mask = pad_ids(lm, encoded, batch)
             rows, real = pad_rows(encoded.offsets, batch)
             with autocast(lm.device, config.inference_precision):
-                state = states_below(ids, mask)                                             # (B, T, D)
-                if mean is None:                                                            # a prompt's own words stay
-                    emptied = (encoded.word[rows] >= 0) | ~real if lm.prompt else torch.ones_like(real)
-                    baseline = states_below(ids.masked_fill(emptied.to(lm.device), empty), mask)
+                states = states_of(ids, mask)
+                if config.salience_baseline == "mean":
+                    baseline = mean.expand_as(states)
                 else:
-                    baseline = mean.expand_as(state)
+                    emptied = (encoded.word[rows] >= 0) | (not lm.prompt)                   # a prompt's own words stay
+                    baseline = states_of(ids.masked_fill(emptied.to(lm.device), empty), mask)
                 with blocks_above(lm, layer) as logits_of:
-                    moved, scores = integrated_gradients(logits_of, state, baseline, mask, config)
+                    moved, scores = integrated_gradients(logits_of, states, baseline, mask, config)
             salience[rows[real]] = F.normalize(moved, dim=1).cpu()[real]
             logits[batch] = scores.cpu()
             bar.update(len(batch))
