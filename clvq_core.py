@@ -950,7 +950,7 @@ PROMPTS: dict[str, tuple[str, dict[str, str]]] = {
     "ag_news": ("{text}\nThis article is in the section called", {"Sci/Tech": "Technology"}),
     "": ("Text: {text}\nWhich of these fits it best: {classes}?\nAnswer:", {}),
 }
-"""The prompt for each data set (and for all others), and the answers that differ from the name of their class."""
+"""The prompt for each data set (and for all others), and the answers that differ from the names of their classes."""
 
 
 @dataclass
@@ -1086,11 +1086,10 @@ def find_model(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[f"*{ending}" for ending in MODEL_FILES]))
     except GatedRepoError as error:
-        raise ValueError(f"model {name!r} is gated: accept its terms on its page of the Hub, and log in "
-                         "(hf auth login)") from error
+        raise ValueError(f"model {name!r} is gated: accept its terms on the Hub and log in (hf auth login)") from error
     except Exception as error:
-        raise ValueError(f"unknown model {name!r}: it is neither minilm nor smollm2 nor a folder, and the Hub does not "
-                         f"give it ({type(error).__name__})") from error
+        raise ValueError(f"unknown model {name!r}: it is not minilm, smollm2 or a folder, and could not be downloaded "
+                         f"from the Hub ({type(error).__name__})") from error
 
 
 def continues_text(model_config: Any) -> bool:
@@ -1126,8 +1125,7 @@ def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: s
     without ``{text}`` or with nothing after it, and for answers that begin with the same token.
     """
     if not prompt.partition("{text}")[2].strip():
-        raise ValueError("the prompt needs {text} where the text goes and words after {text}, where the answer is "
-                         f"read, unlike {prompt!r}")
+        raise ValueError(f"the prompt needs {{text}} where the text goes and words after {{text}}, unlike {prompt!r}")
     prompt, tokens = prompt.rstrip(" "), list[int]()
     gaps = ("", " ") if prompt[-1] in "\n\t([{<“‘«" else (" ", "")
     prompt_ids = open_ended(tokenizer, [prompt])[0].ids
@@ -1136,8 +1134,7 @@ def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: s
         wholes = [encoding.ids for encoding in open_ended(tokenizer, [prompt + gap + answer for gap in gaps])]
         starts = [ids[end] for ids in wholes if ids[:end] == prompt_ids and tokenizer.decode(ids[end:end + 1]).strip()]
         if not starts:
-            raise ValueError(f"model {name!r} reads the answer {answer!r} as part of the prompt's last word: "
-                             "end the prompt in a mark, such as a colon")
+            raise ValueError(f"model {name!r} reads answer {answer!r} as part of the prompt: end the prompt in a colon")
         if starts[0] in tokens:
             raise ValueError(f"model {name!r} begins the answers {answers[tokens.index(starts[0])]!r} and {answer!r} "
                              "with the same token: choose others (answers)")
@@ -1147,7 +1144,7 @@ def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: s
 
 def load_language_model(name: str, label_names: Sequence[str] | None = None, seed: int = 42,
                         asked: tuple[str, Sequence[str]] | None = None) -> LanguageModel:
-    """A classifier and its fast tokenizer.
+    """A model to be explained, with its tokenizer.
 
     With ``label_names`` it gets a head of these classes if it has none (random, from ``seed``). Without, it must have
     one, or generate text and be ``asked``: a prompt with ``{text}`` in it, and an answer for each class. A generative
@@ -1157,7 +1154,7 @@ def load_language_model(name: str, label_names: Sequence[str] | None = None, see
     config, tokenizer = load_pretrained("AutoConfig", folder, name), load_tokenizer(folder, name)
     if continues_text(config):
         if label_names is not None or asked is None:
-            raise ValueError(f"model {name!r} continues text, and is asked by a prompt as it is: set finetune to false")
+            raise ValueError(f"model {name!r} continues text and is asked by a prompt as it is: set finetune to false")
         prompt, answers = tokenize_prompt(tokenizer, *asked, name)
         large = sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 2**32
         options = {"device_map": "auto"} if large and torch.cuda.is_available() else {}
@@ -1180,8 +1177,8 @@ def resolve_layers(settings: ActivationSettings, n_layers: int, name: str) -> tu
     source = 2 * n_layers // 3 if settings.source_layer is None else settings.source_layer
     target = n_layers if settings.target_layer is None else settings.target_layer
     if not source <= target <= n_layers:
-        raise ValueError(f"source_layer {source} and target_layer {target} must be layers of model {name!r}, which has 0 "
-                         f"to {n_layers}, and the target must not lie below the source")
+        raise ValueError(f"source_layer {source} and target_layer {target} must be layers of model {name!r} (0 to "
+                         f"{n_layers}), and the target must not lie below the source")
     return source, target
 
 
@@ -1223,10 +1220,9 @@ def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
         inside = (np.array(encoding.special_tokens_mask) == 0) & (ends > 0) & (starts < len(text)) & bool(names)
         inside[-1] &= not lm.prompt                                                         # a prompt's summary
         removable = np.flatnonzero(inside & (ends <= len(text)))
-        if (excess := max(0, len(inside) - limit)) > len(removable):
-            raise ValueError(f"max_tokens {limit} leaves no room for text: {len(inside) - len(removable)} sub-words of "
-                             f"model {lm.name!r} surround it")
-        cut = removable[len(removable) - excess:]
+        if (others := len(inside) - len(removable)) > limit:
+            raise ValueError(f"max_tokens {limit} leaves no room for text: {others} sub-words of {lm.name!r} surround it")
+        cut = removable[limit - others:]
         last = np.maximum(starts, ends - 1).clip(max=len(text) - 1)
         ids.append(np.delete(encoding.ids, cut))
         word.append(np.delete(np.where(inside, np.searchsorted(word_ends, last, side="right") - 1, -1), cut))
@@ -1295,7 +1291,7 @@ def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], 
                     optimizer.step()
                     schedule.step()
                     history.append({"epoch": epoch, "loss": loss.item()})
-                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                    bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", refresh=False)
                     bar.update()
     lm.model.eval()
     return pd.DataFrame(history)
@@ -1561,8 +1557,7 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
                 else:
                     states = hidden[layer][line, end if config.aggregation == "last" else begin]
                 if not (half := states.to(torch.float16).cpu()).isfinite().all():
-                    raise ValueError(f"layer {layer} of model {lm.name!r} gives states that are not finite "
-                                     "in half precision")
+                    raise ValueError(f"states of layer {layer} of {lm.name!r} are not finite in half precision")
                 file[rows.numpy()] = half.numpy()
             bar.update(len(batch))
     for file in files.values():
