@@ -3,7 +3,7 @@
 The core never imports this file. This file imports the core, PyTorch and everything else that takes time only where
 it is needed, so that ``clvq --help`` answers at once and the process of a rater stays small.
 
-    1 command line      2 rating page      3 card, report and explorer
+    1 command line      2 notebooks and sweeps      3 rating page      4 card, report and explorer
 """
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 from typer import Argument, Option
@@ -63,7 +63,7 @@ def read_pairs(pairs: Sequence[str] | None) -> dict[str, Any]:
         raise ValueError(f"{bare[0]!r} has no value: {', '.join(PAIRED)} take a name and a value, such as -p seed 1")
     from clvq_core import parse_value
 
-    return {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs or ())}
+    return {name: parse_value(name, value) for name, _, value in (pair.partition("=") for pair in pairs or ())}
 
 
 class Commands(TyperGroup):
@@ -145,8 +145,6 @@ def run(
       clvq run notebooks/*.ipynb --scale laptop --output runs/seed1 -p seed 1
       clvq run notebooks/01_method.ipynb -p dataset reviews.csv -p text_column body -p label_column stars
     """
-    from clvq_core import check_parameters, run_notebook
-
     values = read_pairs(parameters)
     if len(notebooks) > 1 and output.suffix == ".ipynb":
         raise ValueError("--output must be a folder when several notebooks are run")
@@ -190,7 +188,7 @@ def sweep(
     """
     import clvq_core as core
 
-    runs = {run.name: run for run in core.read_sweep(grid)}
+    runs = {run.name: run for run in read_sweep(grid)}
     folder = output or Path("sweeps") / grid.stem
     if dry_run:
         return print_plan(runs, folder, core.default_workers() if workers is None else workers)
@@ -205,15 +203,12 @@ def print_plan(runs: dict[str, Any], folder: Path, workers: int) -> None:
     """A row for each run of a sweep, with its state and what it costs, and the time that is left."""
     import pandas as pd
 
-    import clvq_core as core
-
-    seconds, rows = seconds_per_gflop(folder), []
+    seconds, rows = seconds_per_gflop(runs, folder), []
     for name, run in runs.items():
         failed = (folder / f"{name}.error.txt").exists()
         state = "done" if (folder / f"{name}.parquet").exists() else "failed" if failed else "to do"
-        cost = {} if run.notebook else core.Pipeline(run.config).cost
-        expected = cost.get("gflop", math.nan) * seconds
-        rows.append({"run": name, **run.settings, "state": state, **cost, "seconds": expected})
+        expected = run.cost.get("gflop", math.nan) * seconds
+        rows.append({"run": name, **run.settings, "state": state, **run.cost, "seconds": expected})
     table, at_once = pd.DataFrame(rows), max(1, workers)
     left = table[table["state"] != "done"]
     print(table.to_string(index=False, float_format="{:.4g}".format, na_rep="-"))
@@ -221,18 +216,17 @@ def print_plan(runs: dict[str, Any], folder: Path, workers: int) -> None:
           f"{left['seconds'].sum() / at_once / 60:,.1f} min with {at_once} at a time, plus states and fine-tuning")
 
 
-def seconds_per_gflop(folder: Path) -> float:
-    """How long a training takes for its arithmetic: as in the sweep's finished runs; without any, by `speed`."""
+def seconds_per_gflop(runs: dict[str, Any], folder: Path) -> float:
+    """How long a training takes for its arithmetic: as in the finished runs; without any, by `training_speed`."""
     import pandas as pd
 
     import clvq_core as core
 
     if (folder / "sweep.json").exists() and len(results := core.sweep_results(folder)):
         taken = results[results["metric"] == "training_seconds"].set_index("run")["value"]
-        done = {name: run for name, run in core.sweep_runs(folder).items() if name in taken}
-        cost = {name: core.Pipeline(run.config).cost["gflop"] for name, run in done.items()}
+        cost = {name: run.cost.get("gflop", math.nan) for name, run in runs.items() if name in taken}
         return float((taken / pd.Series(cost)).median())
-    return 1e9 / core.speed()
+    return 1e9 / core.training_speed()
 
 
 MAIN_METRICS = ("variance_explained", "perplexity", "codes_used", "effective_k", "accuracy nothing",
@@ -436,7 +430,203 @@ def size_of(folder: Path) -> int:
 
 
 # ======================================================================================================
-# 2 Rating page
+# 2 Notebooks, and sweeps from a file
+# ======================================================================================================
+def notebook_key(path: Path) -> str:
+    """Hash of a notebook's code cells and of the steps' versions: what its outputs depend on, settings aside."""
+    import clvq_core as core
+
+    cells = [cell for cell in json.loads(path.read_text("utf8"))["cells"]
+             if cell["cell_type"] == "code" and "injected-parameters" not in cell["metadata"].get("tags", [])]
+    return core.hash_text(["".join(cell["source"]) for cell in cells], core.step_versions())
+
+
+def check_parameters(path: Path, scale: str | None, parameters: Mapping[str, Any]) -> None:
+    """ValueError in one sentence if a notebook cannot run like this: parameter, value, data, model or layer that does not
+    exist."""
+    import papermill
+
+    import clvq_core as core
+
+    if path.suffix != ".ipynb" or not path.is_file():
+        raise ValueError(f"there is no notebook {str(path)!r}")
+    known = papermill.inspect_notebook(str(path))
+    if unknown := [name for name in parameters if name not in known]:
+        raise ValueError(f"notebook {path.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
+    settings = {name: value for name, value in parameters.items() if name in core.Config.model_fields}
+    scale = parameters.get("scale", scale or os.environ.get("CLVQ_SCALE", "smoke"))
+    core.Pipeline(core.configure(scale, **settings)).check()                # other parameters are the notebook's own affair
+
+
+def tidy(notebook: Any, record: Mapping[str, Any]) -> Any:
+    """An executed notebook without progress bars, timings and paths of the machine, and with a record of how it was run."""
+    for name in ("papermill", "widgets"):
+        notebook.metadata.pop(name, None)
+    notebook.metadata["clvq"] = dict(record)
+    for cell in notebook.cells:
+        for name in ("papermill", "execution"):
+            cell.metadata.pop(name, None)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+    return notebook
+
+
+def run_notebook(path: Path, output: Path, scale: str | None = None, parameters: Mapping[str, Any] | None = None,
+                 timeout: int = 7200) -> Path:
+    """Run a notebook by papermill and write it whole to ``output``, which may be the notebook itself if no parameter is
+    set.
+
+    Parameters are checked first. A kernel that does not start (ports clash when many start at once) is tried once more.
+    ``timeout`` is in seconds per cell. A failed run is kept beside the output as ``….failed.ipynb``.
+    """
+    import nbformat
+    import papermill
+
+    import clvq_core as core
+
+    parameters = dict(parameters or {})
+    check_parameters(path, scale, parameters)
+    if output.resolve() == path.resolve() and parameters:
+        raise ValueError("a notebook that is run in place takes no parameters: name another output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("CLVQ_SCALE")
+    used = parameters.get("scale") or scale or before or "smoke"
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "out.ipynb"
+        try:
+            os.environ["CLVQ_SCALE"] = scale or before or "smoke"                           # the kernel inherits it
+            for last in (False, True):
+                try:
+                    papermill.execute_notebook(str(path), str(result), parameters, stderr_file=sys.stderr,
+                                               progress_bar=False, execution_timeout=timeout, start_timeout=120)
+                    break
+                except (RuntimeError, TimeoutError) as error:
+                    ran = result.exists() and any(c.get("execution_count") for c in nbformat.read(result, 4).cells)
+                    if ran or last:
+                        raise RuntimeError(f"the kernel of {path.name} did not start or died: {error}") from error
+        except papermill.PapermillExecutionError as error:
+            failed = output.with_suffix(".failed.ipynb")
+            shutil.move(result, failed)
+            raise RuntimeError(f"{path.name} failed: {error.ename}: {error.evalue} (see {failed})") from error
+        finally:
+            os.environ.pop("CLVQ_SCALE") if before is None else os.environ.update(CLVQ_SCALE=before)
+        record = {"scale": used, "parameters": parameters, "key": notebook_key(path),
+                  "commit": core.environment()["commit"]}
+        notebook = tidy(nbformat.read(result, 4), record)
+    core.write_whole(output, lambda partial: nbformat.write(notebook, partial))
+    return output
+
+
+class NotebookRun(NamedTuple):
+    """One run of a sweep over a notebook, as `clvq_core.Run` is of one over trainings. It measures the numbers that the
+    notebook hands on."""
+
+    scale: str
+    settings: dict[str, Any]
+    """Parameters of the notebook."""
+    notebook: str
+    """Its path."""
+
+    @property
+    def config(self) -> Any:
+        """The settings among the parameters, in full."""
+        import clvq_core as core
+
+        settings = {name: value for name, value in self.settings.items() if name in core.Config.model_fields}
+        return core.configure(self.scale, **settings)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What its rows of a sweep's results say of it."""
+        return {**self.config.model_dump(), **self.settings, "scale": self.scale}
+
+    @property
+    def name(self) -> str:
+        """Hash of everything the run depends on."""
+        import clvq_core as core
+
+        pipeline = core.Pipeline(self.config)
+        return core.hash_text(notebook_key(Path(self.notebook)), pipeline.config, self.settings,
+                              pipeline.corpus.attrs["hash"], pipeline.base_model)[:16]
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Unknown."""
+        return {}
+
+    def check(self) -> None:
+        """ValueError in one sentence if it cannot run."""
+        check_parameters(Path(self.notebook), self.scale, self.settings)
+
+    def measure(self) -> pd.DataFrame:
+        """A row per number: metric, epoch (missing), value; the executed notebook is in ``attrs``. A notebook that fails stays
+        in the cache folder."""
+        import nbformat
+        import pandas as pd
+
+        import clvq_core as core
+
+        output = core.cache_folder() / "notebooks" / f"{self.name}.ipynb"
+        path = run_notebook(Path(self.notebook), output, self.scale, self.settings)
+        text = path.read_text("utf8")
+        path.unlink()
+        values: dict[str, float] = {}
+        for output in (o for cell in nbformat.reads(text, 4).cells if cell.cell_type == "code" for o in cell.outputs):
+            glued = output.get("data", {}).items() if "scrapbook" in output.get("metadata", {}) else ()
+            for kind, content in glued:
+                if kind.endswith("text/plain") and isinstance(number := core.parse_value("", content), int | float):
+                    values[output.metadata["scrapbook"]["name"]] = float(number)
+        rows = pd.DataFrame({"metric": list(values), "epoch": math.nan, "value": list(values.values())})
+        rows.attrs["notebook"] = text
+        return rows
+
+
+SWEEP_KEYS = ("scale", "notebook", "settings", "grid", "runs")
+
+
+def read_sweep(path: Path) -> list[Any]:
+    """The runs of a YAML file: ``scale``, ``notebook`` (none: trainings), ``settings`` of all runs, ``grid`` (every
+    combination of these values) and ``runs`` (a list of settings, each combined with the grid). ValueError in one
+    sentence for what cannot run."""
+    import yaml
+
+    import clvq_core as core
+
+    def parsed(name: str, value: Any) -> Any:
+        return core.parse_value(name, value) if isinstance(value, str) else value           # YAML reads 1e-3 as text
+
+    def mapping(part: Any, what: str) -> dict[str, Any]:
+        if not isinstance(part, dict) or not all(isinstance(name, str) for name in part):
+            raise ValueError(f"{path}: {what} must be names with values, not {part!r}")
+        return {name: parsed(name, value) for name, value in part.items()}
+
+    try:
+        content = yaml.safe_load(path.read_text("utf8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    sweep = mapping(content, f"a sweep's keys ({', '.join(SWEEP_KEYS)})")
+    if unknown := [key for key in sweep if key not in SWEEP_KEYS]:
+        raise ValueError(f"{path} has an unknown key {unknown[0]!r}; it may have {', '.join(SWEEP_KEYS)}")
+    scale, notebook, parts = sweep.get("scale", "laptop"), sweep.get("notebook", ""), sweep.get("runs", [{}])
+    grid = {name: [parsed(name, value) for value in (values if isinstance(values, list) else [values])]
+            for name, values in mapping(sweep.get("grid", {}), "grid").items()}
+    if not isinstance(scale, str) or not isinstance(notebook, str) or "scale" in grid:
+        raise ValueError(f"{path}: scale and notebook must each be one text, the same for all runs")
+    if empty := [name for name, values in grid.items() if not values]:
+        raise ValueError(f"{path}: grid has no values of {empty[0]}")
+    if not isinstance(parts, list) or not parts:
+        raise ValueError(f"{path}: runs must be a list of settings, not {parts!r}")
+    common = mapping(sweep.get("settings", {}), "settings")
+    settings = [{**common, **dict(zip(grid, values, strict=True)), **mapping(part, "each of the runs")}
+                for part in parts for values in itertools.product(*grid.values())]
+    runs = [NotebookRun(scale, part, notebook) if notebook else core.Run(scale, part) for part in settings]
+    for run in runs:
+        run.check()
+    return runs
+
+
+# ======================================================================================================
+# 3 Rating page
 # ======================================================================================================
 TABLES = """
 CREATE TABLE IF NOT EXISTS raters (number INTEGER PRIMARY KEY, token TEXT UNIQUE NOT NULL, joined TEXT NOT NULL);
@@ -734,7 +924,7 @@ def limited_kernels(most: int) -> type:
 
 
 # ======================================================================================================
-# 3 Card, report and explorer
+# 4 Card, report and explorer
 # ======================================================================================================
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

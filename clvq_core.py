@@ -53,7 +53,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
 
@@ -1647,13 +1647,12 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
 # 8 Codebook start
 # ======================================================================================================================
 MAX_POINTS_PER_CODE, MAX_NUMBERS = 256, 2**29
-"""k-means learns centres from at most so many states per code, as in faiss (more would move them little), and from at
-most so many numbers in all (2 GiB)."""
+"""k-means learns from at most so many states per code (as in faiss; more move centres little) and numbers (2 GiB)."""
 
 
 def nearest(x: Float[Tensor, "N D"], centres: Float[Tensor, "K D"],
             rows: int = 16384) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
-    """Index of the nearest centre by Euclidean distance, and the squared distance; at most ``rows`` rows at a time."""
+    """Index of the nearest centre by Euclidean distance, and the squared distance, ``rows`` at a time."""
     labels, distances = [], []
     squares = centres.square().sum(1)
     for block in x.split(min(rows, max(256, 2**26 // len(centres)))):                       # never all N x K at once
@@ -1664,12 +1663,11 @@ def nearest(x: Float[Tensor, "N D"], centres: Float[Tensor, "K D"],
 
 
 def seed_centres(x: Float[Tensor, "N D"], k: int, generator: torch.Generator) -> Float[Tensor, "K D"]:
-    """First centres by greedy k-means++ (Arthur & Vassilvitskii 2007): each is the best of 2 + log k candidates, which
-    are drawn in proportion to their squared distance from the centres so far."""
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007): each centre is the best of 2 + log k rows drawn by distance."""
     trials = 2 + int(math.log(k))
     squares = x.square().sum(1)
     first = torch.randint(len(x), (1,), generator=generator).to(x.device)
-    closest = nearest(x, x[first])[1]                                       # (N,) squared distance to the nearest centre
+    closest = nearest(x, x[first])[1]                                       # (N,) squared distance to the nearest
     chosen = [first]
     for _ in range(k - 1):
         cumulative = closest.double().cumsum(0)
@@ -1685,11 +1683,8 @@ def seed_centres(x: Float[Tensor, "N D"], k: int, generator: torch.Generator) ->
 
 def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Generator,
            spherical: bool = False) -> tuple[Float[Tensor, "K D"], Int[Tensor, "N"]]:
-    """Centres and the cluster of each row: k-means++, then Lloyd's iterations until no row changes its cluster.
-
-    An empty cluster keeps its centre. ``spherical``: rows, and centres after each iteration, are scaled to unit length,
-    so that the nearest centre is the one of highest cosine (Dhillon & Modha 2001).
-    """
+    """Centres and the cluster of each row, by k-means++ and Lloyd's iterations; an empty cluster keeps its centre.
+    ``spherical``: all have unit length, so that the nearest centre has the highest cosine (Dhillon & Modha 2001)."""
     if spherical:
         x = F.normalize(x, dim=1)
     centres = seed_centres(x, k, generator)
@@ -1708,11 +1703,8 @@ def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Ge
 
 def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, generator: torch.Generator,
                    rows: Int[Tensor, "n"] | None = None) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
-    """Initial codes, and how many of the rows (default: all) are nearest to each.
-
-    Equation 2: a spherical centre times the mean length of its rows, or of all rows if it has none. Centres are learned
-    from at most `MAX_POINTS_PER_CODE` rows per code. ValueError if there are fewer rows than codes.
-    """
+    """First codes, and how many of the rows (default: all) are nearest to each. ValueError for fewer rows than codes.
+    Equation 2: a spherical centre times the mean length of its rows, or of all rows if it has none."""
     k, device, spherical = settings.n_codes, best_device(), settings.start == "spherical"
     rows = torch.arange(len(states)) if rows is None else rows
     if len(rows) < k:
@@ -1721,9 +1713,10 @@ def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, genera
         codes = states[rows[torch.randperm(len(rows), generator=generator)[:k]]].float().to(device)
     else:
         most = max(k, min(MAX_POINTS_PER_CODE * k, MAX_NUMBERS // states.shape[1]))
-        sample = torch.randperm(len(rows), generator=generator)[:most].sort().values if len(rows) > most else slice(None)
-        points = states[rows[sample]].to(device).float()
-        codes, _ = kmeans(points, k, settings.start_iterations, generator, spherical)
+        sample = rows
+        if len(rows) > most:
+            sample = rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
+        codes, _ = kmeans(states[sample].to(device).float(), k, settings.start_iterations, generator, spherical)
     counts, lengths = torch.zeros(2, k, device=device)
     for block in blocks(states, rows):
         block = block.to(device)
@@ -1762,12 +1755,9 @@ class AdaptiveResidualEncoder(nn.Module):
 class Quantized(NamedTuple):
     """What the quantiser returns."""
 
-    vectors: Float[Tensor, "N D"]
-    """The chosen code of every state; gradients pass straight through."""
-    codes: Int[Tensor, "N"]
-    """Its index."""
-    commitment: Float[Tensor, ""]
-    """Mean squared difference between states and their codes, over states and dimensions; it moves states only."""
+    vectors: Float[Tensor, "N D"]           # the chosen code of every state; gradients pass straight through
+    codes: Int[Tensor, "N"]                 # its index
+    commitment: Float[Tensor, ""]           # mean squared difference of states and codes; it moves the states only
 
 
 class Quantizer(nn.Module):
@@ -1776,21 +1766,17 @@ class Quantizer(nn.Module):
     Codes move by `update` alone (appendix A.1), which keeps raw counts and sums and smooths them on the fly.
     """
 
-    codebook: Float[Tensor, "K D"]
-    counts: Float[Tensor, "K"]
-    sums: Float[Tensor, "K D"]
-
     def __init__(self, width: int, settings: ModelSettings) -> None:
         super().__init__()
         self.settings, k = settings, settings.n_codes
-        self.register_buffer("codebook", torch.empty(k, width).uniform_(-1 / k, 1 / k))
-        self.register_buffer("counts", torch.ones(k))
-        self.register_buffer("sums", torch.zeros(k, width))
+        self.codebook = nn.Buffer(torch.empty(k, width).uniform_(-1 / k, 1 / k))
+        self.counts, self.sums = nn.Buffer(torch.ones(k)), nn.Buffer(torch.zeros(k, width))
 
     def start(self, codes: Float[Tensor, "K D"], counts: Float[Tensor, "K"]) -> None:
-        """Set the moving averages as if ``counts`` states had been averaged to each code, so that the first update keeps
-        them; and the codes, of which `start_in` "averages" sets only those without states, as no average moves them."""
-        self.codebook.copy_(torch.where((counts[:, None] > 0) & (self.settings.start_in == "averages"), self.codebook, codes))
+        """Set codes, and averages as if ``counts`` states had been seen, so that the first update keeps the codes. With
+        `start_in` "averages", only codes without states are set, as no average will move them."""
+        unset = (counts[:, None] > 0) & (self.settings.start_in == "averages")
+        self.codebook.copy_(torch.where(unset, self.codebook, codes))
         self.counts.copy_(counts)
         self.sums.copy_(codes * self.smoothed()[:, None])
 
@@ -1803,12 +1789,13 @@ class Quantizer(nn.Module):
         """Equation 3: squared Euclidean as in the authors' code, or as `distance` says."""
         if self.settings.distance == "cosine":
             return 1 - F.normalize(z, dim=1) @ F.normalize(self.codebook, dim=1).T
-        squared = torch.addmm(self.codebook.square().sum(1), z, self.codebook.T, alpha=-2) + z.square().sum(1, keepdim=True)
+        squared = torch.addmm(self.codebook.square().sum(1), z, self.codebook.T, alpha=-2)
+        squared = squared + z.square().sum(1, keepdim=True)
         return squared if self.settings.distance == "squared" else squared.clamp_min(0).sqrt()
 
     def nearest(self, z: Float[Tensor, "N D"]) -> Int[Tensor, "N"]:
         """Index of the nearest code."""
-        if self.settings.distance == "cosine":                              # on the sphere the nearest has the highest cosine
+        if self.settings.distance == "cosine":                              # highest cosine: nearest on the sphere
             return nearest(F.normalize(z, dim=1), F.normalize(self.codebook, dim=1))[0]
         return nearest(z, self.codebook)[0]
 
@@ -1818,8 +1805,9 @@ class Quantizer(nn.Module):
         if self.settings.top_k == 1:
             return codes[:, 0]
         chances = torch.softmax(-near / self.settings.temperature, dim=1)
-        noise = torch.empty_like(chances, device=generator.device if generator else None).exponential_(generator=generator)
-        choice = (chances / noise.to(z.device)).argmax(1, keepdim=True)     # as torch.multinomial, which waits for the GPU
+        noise = torch.empty_like(chances, device=generator.device if generator else z.device)
+        noise.exponential_(generator=generator)                             # as in multinomial, which waits for a GPU
+        choice = (chances / noise.to(z.device)).argmax(1, keepdim=True)
         return codes.gather(1, choice)[:, 0]
 
     def forward(self, z: Float[Tensor, "N D"], generator: torch.Generator | None = None) -> Quantized:
@@ -1833,12 +1821,9 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def update(self, z: Float[Tensor, "N D"], codes: Int[Tensor, "N"]) -> None:
         """Move the averages one step towards the states assigned to each code; after the loss, whose codes it moves.
-
-        A code that no state takes keeps its place once its count is so low that smoothing would move it by a thousandth
-        of the way to the origin, and more with every step.
-        """
+        A code that no state takes rests once its count is so low that smoothing would draw it to the origin."""
         z, step = z.float(), 1 - self.settings.ema_decay
-        counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(z[:, 0]))   # bincount waits for the GPU
+        counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(z[:, 0]))   # bincount would wait
         sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
         self.counts.lerp_(counts, step)
         self.sums.lerp_(sums, step)
@@ -1853,10 +1838,8 @@ class Quantizer(nn.Module):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Set each number to 0 with probability p, to within 1 / 65,536, and divide the others by 1 - p.
-
-    On a CPU four numbers share one random draw. PyTorch's one draw a number takes an eighth of a training step.
-    """
+    """Each number becomes 0 with probability p (to within 1 / 65,536), or is divided by 1 - p. On a CPU four share a
+    random draw: PyTorch's own, one draw a number, takes an eighth of a training step."""
     if x.device.type != "cpu":
         return F.dropout(x, p)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
@@ -1864,25 +1847,21 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The lowest multiple that is at least n. Few sizes save memory, which a CPU's products keep for each they meet."""
+    """The lowest multiple that is at least n. A CPU keeps memory for each size of product, so let there be few."""
     return -(-n // multiple) * multiple
 
 
 class Layout(NamedTuple):
     """Where N packed rows, one sentence after the other, go in L lines of T places that sentences share."""
 
-    shape: tuple[int, int]
-    """L and T."""
-    places: Int[Tensor, "N"]
-    """Each row's place among the L T."""
-    same_sentence: Bool[Tensor, "L 1 T T"]
-    """Whether two places of a line belong to one sentence; to empty places, all empty ones do."""
-    visible: Bool[Tensor, "L 1 T T"]
-    """The same, less what `ModelSettings.mask` hides."""
+    shape: tuple[int, int]                  # (L, T)
+    places: Int[Tensor, "N"]                # each row's place among the L T
+    same_sentence: Bool[Tensor, "L 1 T T"]  # whether two places of a line belong to one sentence (or both to none)
+    visible: Bool[Tensor, "L 1 T T"]        # the same, less what `ModelSettings.mask` hides
 
     @classmethod
     def first_fit(cls, lengths: Int[Tensor, "B"], mask: str, device: torch.device) -> Layout:
-        """For sentences of these lengths: the longest first, each in the first line with room for it."""
+        """The longest sentence first, each in the first line with room for it."""
         sizes, line_size = lengths.tolist(), round_up(int(lengths.max()), 32)
         room: list[int] = []                                                # free places of each line
         starts = [0] * len(sizes)                                           # each sentence's first place among the L T
@@ -1894,8 +1873,8 @@ class Layout(NamedTuple):
             room[line] -= sizes[i]
         sentences = torch.arange(len(sizes)).repeat_interleave(lengths)     # (N,)
         places = torch.arange(len(sentences)) + (torch.tensor(starts) - lengths.cumsum(0) + lengths)[sentences]
-        lines = torch.full((round_up(len(room), 4) * line_size,), -1).index_copy(0, places, sentences)
-        lines = lines.view(-1, 1, line_size)                                # (L, 1, T)
+        lines = torch.full((round_up(len(room), 4), 1, line_size), -1)      # (L, 1, T)
+        lines.view(-1)[places] = sentences
         same = lines[..., None] == lines[..., None, :]                      # (L, 1, T, T)
         visible = {"causal": same.tril(), "anticausal": same.triu(), "none": same}[mask]
         return cls((len(lines), line_size), places.to(device), same.to(device), visible.to(device))
@@ -1910,10 +1889,10 @@ class Layout(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Section 2.3: a transformer decoder over the codes, with cross-attention to a memory, and a linear map to the target.
+    """Section 2.3: a transformer decoder over the codes with cross-attention to a memory, then a linear map.
 
-    Layers and arithmetic are PyTorch's, but nothing is computed for padding: sentences are packed one after the other,
-    and share lines (`Layout`) in attention only, where they do not see each other.
+    Layers and arithmetic are PyTorch's, without padding: sentences are packed one after the other, and share lines
+    (`Layout`) in attention alone, where none sees another.
     """
 
     def __init__(self, width: int, target_width: int, settings: ModelSettings) -> None:
@@ -1944,7 +1923,7 @@ class Decoder(nn.Module):
             projected = [F.linear(x, q_weight, q_bias), F.linear(memory, kv_weight, kv_bias)]
         lines = (layout.pad(rows).unflatten(2, (-1, heads, width // heads)) for rows in projected)
         q, k, v = (part for parts in lines for part in parts.permute(2, 0, 3, 1, 4))        # (L, H, T, D / H) each
-        if x.device.type == "cpu":                          # for a few words the formula is faster than PyTorch's function
+        if x.device.type == "cpu":                          # for short sentences faster than PyTorch's function
             scores = (q @ (k * (width // heads) ** -0.5).transpose(2, 3)).masked_fill(~mask, -math.inf)
             mixed = self.dropout(scores.softmax(-1)) @ v
         else:
@@ -1967,9 +1946,9 @@ class Decoder(nn.Module):
                 lengths: Int[Tensor, "B"]) -> Float[Tensor, "N D2"]:
         n = len(queries)
         if fill := round_up(n, 32) - n:                                     # one more sentence, of zeros
-            lengths, queries, memory = F.pad(lengths, (0, 1), value=fill), *(F.pad(x, (0, 0, 0, fill)) for x in (queries, memory))
-        layout = Layout.first_fit(lengths, self.settings.mask, queries.device)
-        x = queries
+            lengths = F.pad(lengths, (0, 1), value=fill)
+            queries, memory = F.pad(queries, (0, 0, 0, fill)), F.pad(memory, (0, 0, 0, fill))
+        x, layout = queries, Layout.first_fit(lengths, self.settings.mask, queries.device)
         for layer in self.layers:
             x = self.run_layer(layer, x, memory, layout)
         return self.out(self.norm(x))[:n]
@@ -1978,48 +1957,46 @@ class Decoder(nn.Module):
 class Output(NamedTuple):
     """What CLVQ-VAE returns."""
 
-    reconstruction: Float[Tensor, "N D2"]
-    """Predicted target states, in standard deviations if targets are standardised."""
-    encoded: Float[Tensor, "N D"]
-    """Encoder outputs z, which the quantiser saw."""
+    reconstruction: Float[Tensor, "N D2"]   # predicted target states, in standard deviations if these are standardised
+    encoded: Float[Tensor, "N D"]           # encoder outputs z, which the quantiser saw
     quantized: Quantized
-    """Codes and commitment loss."""
 
 
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: Any) -> None:
-    """ValueError unless the tensors read from a file have exactly the expected names and shapes."""
-    changed = [name for name, tensor in tensors.items() if name in expected and tensor.shape != expected[name].shape]
-    for fault, names in (("lacks", expected.keys() - tensors.keys()), ("has, without need,", tensors.keys() - expected.keys()),
-                         ("has in another shape", changed)):
-        if names:
-            raise ValueError(f"{origin} {fault} {', '.join(sorted(names)[:3])}{' and others' if len(names) > 3 else ''}")
+def load_tensors(path: Path, expected: Mapping[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file. ValueError unless names and shapes are the expected ones."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path, device)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
+            known = "has in another shape" if name in expected else "has beyond need"
+            raise ValueError(f"{path} {known if name in tensors else 'lacks'} the tensor {name}")
+    return tensors
 
 
 class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["interpretability"],
               coders={ModelSettings: (ModelSettings.model_dump, dict)}):
-    """Section 2: encoder, quantiser and decoder from the source layer's states to the target layer's.
-
-    It has all that a concept method has: `Concepts` says what. `save_pretrained`, `from_pretrained` and `push_to_hub` come
-    from huggingface_hub; weights are safetensors.
-    """
+    """Section 2: encoder, quantiser and decoder from the source layer's states to the target layer's. It has what every
+    concept method has (`Concepts`), and is saved and loaded by huggingface_hub, as safetensors and JSON alone."""
 
     directions = False
-    encoding_mean: Float[Tensor, "D"]
-    target_mean: Float[Tensor, "D2"]
-    target_scale: Float[Tensor, "D2"]
 
     def __init__(self, width: int, target_width: int, source_layer: int, target_layer: int, model: str,
                  settings: ModelSettings | Mapping[str, Any]) -> None:
         super().__init__()
         settings = settings if isinstance(settings, ModelSettings) else ModelSettings(**settings)   # from config.json
         self.layer, self.target_layer, self.model, self.settings = source_layer, target_layer, model, settings
+        self.reads = source_layer                                           # the layer whose states `assign` takes
         self.name = "CLVQ-VAE" if source_layer != target_layer else f"single-layer VQ-VAE, layer {source_layer}"
         self.encoder = AdaptiveResidualEncoder(width, settings)
         self.quantizer = Quantizer(width, settings)
         self.decoder = Decoder(width, target_width, settings)
-        self.register_buffer("encoding_mean", torch.zeros(width))
-        self.register_buffer("target_mean", torch.zeros(target_width))
-        self.register_buffer("target_scale", torch.ones(target_width))
+        self.encoding_mean = nn.Buffer(torch.zeros(width))
+        self.target_mean, self.target_scale = nn.Buffer(torch.zeros(target_width)), nn.Buffer(torch.ones(target_width))
 
     @classmethod
     def _from_pretrained(cls, **given: Any) -> CLVQVAE:
@@ -2029,22 +2006,16 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
             raise ValueError(f"config.json of {given['model_id']} does not describe a CLVQ-VAE: {error}") from error
 
     @classmethod
-    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> CLVQVAE:
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         """Always strict, where huggingface_hub's own leaves random what the file lacks."""
-        from safetensors.torch import load_file
-
-        tensors = load_file(model_file, map_location)
-        check_tensors(tensors, model.state_dict(), model_file)
-        model.load_state_dict(tensors)
+        model.load_state_dict(load_tensors(Path(model_file), model.state_dict(), map_location))
         return model.to(map_location).eval()
 
-    @classmethod
-    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> CLVQVAE:
-        raise ValueError(f"{model_file} is a pickle, which can run any code; a CLVQ-VAE is saved as safetensors")
+    _load_as_pickle = _load_as_safetensor                                   # which refuses a pickle
 
     def memory(self, z: Float[Tensor, "N D"], quantized: Quantized) -> Float[Tensor, "N D"]:
-        """What the decoder reads beside the codes. It knows no positions, so another order within a sentence would change
-        nothing: ``shuffled`` takes codes from all over the batch (always the same draw for its size)."""
+        """What the decoder reads beside the codes. It sees no order within a sentence, so ``shuffled`` takes codes from
+        all over the batch (always the same draw for its size)."""
         kind, codebook = self.settings.memory, self.quantizer.codebook
         if kind == "encoder":
             return z
@@ -2061,7 +2032,7 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
         return Output(self.decoder(quantized.vectors, self.memory(z, quantized), lengths), z, quantized)
 
     def loss(self, out: Output, target: Float[Tensor, "N D2"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Section 2.4: the reconstruction error plus beta times the commitment, and the error alone; means over states."""
+        """Section 2.4: reconstruction error plus beta times the commitment, and the error alone; means over states."""
         error = F.mse_loss(out.reconstruction.float(), (target - self.target_mean) / self.target_scale)
         return error + self.settings.commitment * out.quantized.commitment, error
 
@@ -2071,54 +2042,49 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes. What `vectors`, `centre` and `assign` give is on the CPU in any case."""
+        """Where the model computes."""
         return self.encoding_mean.device
 
     @property
-    def reads(self) -> int:
-        """Layer whose states `assign` takes."""
-        return self.layer
-
-    @property
     def vectors(self) -> Float[Tensor, "K D"]:
-        """The codes, in the space of the source layer (up to what the encoder changes)."""
+        """The codes, on the CPU as all that leaves the model."""
         return self.quantizer.codebook.cpu()
 
     @property
     def centre(self) -> Float[Tensor, "D"]:
-        """Mean encoding of the training states, which are what codes are averages of."""
+        """Mean encoding of the training states, of which codes are averages."""
         return self.encoding_mean.cpu()
 
     @torch.no_grad()
     def encodings(self, states: Float[Tensor, "N D"], rows: Int[Tensor, "n"] | None = None,
                   size: int = 16384) -> Iterator[Float[Tensor, "b D"]]:
-        """Encoder outputs z of these rows (default: all) of source states, ``size`` at a time, on the model's device."""
+        """Encoder outputs of these rows (default: all) of source states, ``size`` at a time, on the model's device."""
         for block in blocks(states, rows, size):
             yield self.encoder(block.to(self.device))
 
     @torch.no_grad()
     def assign(self, states: Float[Tensor, "N D"], rows: int = 16384,
                generator: torch.Generator | None = None) -> Int[Tensor, "N"]:
-        """The concept of each source state: the code nearest to its encoding or, with a generator, one sampled as in
-        training. ``rows`` at a time."""
+        """The code nearest to each source state's encoding or, with a generator, one sampled as in training."""
         quantizer, encodings = self.quantizer, self.encodings(states, size=rows)
-        return torch.cat([(quantizer.sample(z, generator) if generator else quantizer.nearest(z)).cpu() for z in encodings])
+        codes = (quantizer.sample(z, generator) if generator else quantizer.nearest(z) for z in encodings)
+        return torch.cat([block.cpu() for block in codes])
 
     def check(self, acts: Activations) -> None:
         """ValueError unless model, layers and width are those this was trained on."""
-        source, width = acts.source, len(self.encoding_mean)
-        for kind, expected, given in (("model", self.model, [source["model"]]), ("layer", self.layer, source["layers"]),
-                                      ("layer", self.target_layer, source["layers"]), ("width", width, [source["width"]])):
-            if expected not in given:
-                raise ValueError(f"this CLVQ-VAE was trained on {kind} {expected}, not {' or '.join(map(str, given))}")
+        given = {"model": [acts.source["model"]], "width": [acts.source["width"]], "layer": acts.source["layers"]}
+        for kind, trained in (("model", self.model), ("layer", self.layer), ("layer", self.target_layer),
+                              ("width", len(self.encoding_mean))):
+            if trained not in given[kind]:
+                others = " or ".join(map(str, given[kind]))
+                raise ValueError(f"this CLVQ-VAE was trained on {kind} {trained}, not {others}")
 
 
 # ======================================================================================================================
 # 10 Training
 # ======================================================================================================================
 def perplexity(counts: Int[Tensor, "K"]) -> float:
-    r"""How many codes are in effective use: :math:`\exp(-\sum_k p_k \log p_k)`, between 1 and K, over a whole split.
-    The authors average it over batches, which depends on their size (`batch_perplexity`)."""
+    r"""How many codes are in effective use, :math:`\exp(-\sum_k p_k \log p_k)`, between 1 and K."""
     p = counts[counts > 0].double() / counts.sum()                          # (K',) codes that occur
     return float(torch.exp(-(p * p.log()).sum()))
 
@@ -2131,8 +2097,8 @@ def variance_explained(predicted: Float[Tensor, "N D"], target: Float[Tensor, "N
 
 @torch.no_grad()
 def evaluate(model: CLVQVAE, acts: Activations, sentences: Int[Tensor, "S"], config: Config) -> dict[str, float]:
-    """Losses, variance explained and use of the codes over these sentences, in evaluation mode. All but
-    batch_perplexity, the authors' figure, are sums over the split, so that they do not depend on the batches."""
+    """Losses, variance explained and use of the codes over these sentences, in evaluation mode. All is summed over the
+    split before it is divided, except batch_perplexity, the authors' figure, which depends on the batches."""
     was_training, device, k = model.training, model.device, model.settings.n_codes
     model.eval()
     totals, deviation = torch.zeros(4, dtype=torch.double), torch.zeros(len(model.target_mean), dtype=torch.double)
@@ -2146,7 +2112,7 @@ def evaluate(model: CLVQVAE, acts: Activations, sentences: Int[Tensor, "S"], con
         per_batch.append(perplexity(used))
         losses = [loss.double() * len(x) for loss in model.loss(out, y)]
         error = (model.reconstruct(out) - y).double().square().sum()
-        deviations = (y - model.target_mean).double()                       # near 0, so that squares do not cancel below
+        deviations = (y - model.target_mean).double()                       # near 0, so that no squares cancel below
         totals += torch.stack([*losses, error, deviations.square().sum()]).cpu()
         deviation += deviations.sum(0).cpu()
     model.train(was_training)
@@ -2158,38 +2124,11 @@ def evaluate(model: CLVQVAE, acts: Activations, sentences: Int[Tensor, "S"], con
             "utilisation": perplexity(counts) / k, "codes_used": int((counts > 0).sum())}
 
 
-def save_checkpoint(path: Path, model: CLVQVAE, optimizer: torch.optim.Adam, best: dict[str, Tensor],
-                    record: dict[str, Any]) -> None:
-    """Keep where training stands after an epoch: weights, best weights and Adam's state as safetensors, and the record
-    as JSON in their header."""
-    from safetensors.torch import save_file
-
-    adam = {f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
+def checkpoint_tensors(model: CLVQVAE, best: dict[str, Tensor], optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    """All tensors that training moves, by name: weights, best weights, Adam's state."""
+    adam = {f"{i}.{name}": value for i, state in enumerate(optimizer.state.values()) for name, value in state.items()}
     parts = {"model": model.state_dict(), "best": best, "adam": adam}
-    tensors = {f"{part}/{name}": value.contiguous().clone() for part, state in parts.items() for name, value in state.items()}
-    write_whole(path, lambda partial: save_file(tensors, partial, {"record": json.dumps(record)}))
-
-
-def load_checkpoint(path: Path, model: CLVQVAE, optimizer: torch.optim.Adam) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put weights and Adam's state back; returns the best weights and the record. ValueError if a tensor is missing."""
-    from safetensors import safe_open
-
-    parameters = enumerate(optimizer.param_groups[0]["params"])
-    adam = {f"{i}.{name}": value for i, p in parameters for name, value in (("exp_avg", p), ("exp_avg_sq", p), ("step", torch.zeros(())))}
-    parts = {"model": model.state_dict(), "best": model.state_dict(), "adam": adam}
-    expected = {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
-    with safe_open(path, "pt") as file:
-        record, tensors = json.loads(file.metadata()["record"]), {name: file.get_tensor(name) for name in file.keys()}
-    check_tensors(tensors, expected, path)
-    parts = {part: {name: tensors[f"{part}/{name}"] for name in state} for part, state in parts.items()}
-    model.load_state_dict(parts["model"])
-    state = optimizer.state_dict()
-    for name, tensor in parts["adam"].items():
-        i, key = name.split(".")
-        state["state"].setdefault(int(i), {})[key] = tensor
-    state["param_groups"][0]["lr"] = record["learning_rate"]
-    optimizer.load_state_dict(state)
-    return parts["best"], record
+    return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
 
 def check_finite(loss: float, epoch: int, config: Config) -> None:
@@ -2200,8 +2139,8 @@ def check_finite(loss: float, epoch: int, config: Config) -> None:
 
 
 def shuffled_batches(n: int, size: int, generator: torch.Generator, together: int = 1) -> list[Int[Tensor, "B"]]:
-    """Batches of ``size`` of n sentences in random order. ``together`` consecutive ones stay among the `BATCHES_PER_READ` batches
-    that are read at once, so that these lie in few stretches of the disk."""
+    """Batches of n sentences in random order. ``together`` consecutive ones stay among the `BATCHES_PER_READ` batches that are read
+    at once, so that these lie in few stretches of the disk."""
     stretches = torch.arange(n).split(together)
     order = torch.cat([stretches[i] for i in torch.randperm(len(stretches), generator=generator)])
     pools = [pool[torch.randperm(len(pool), generator=generator)] for pool in order.split(BATCHES_PER_READ * size)]
@@ -2210,8 +2149,8 @@ def shuffled_batches(n: int, size: int, generator: torch.Generator, together: in
 
 def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, sentences: Int[Tensor, "S"],
                 config: Config, epoch: int) -> dict[str, float]:
-    """One pass: for each batch quantise, loss, gradient step, then the moving averages. Mean losses over states, and how
-    many codes were drawn. FloatingPointError if the loss is not finite."""
+    """One pass: quantise, loss, gradient step, then the moving averages. Mean losses over states, and how many codes
+    were drawn. FloatingPointError if the loss is not finite."""
     device, parameters = model.device, optimizer.param_groups[0]["params"]
     totals = torch.zeros(3, dtype=torch.float64, device=device)             # loss, error, states
     drawn = torch.zeros(model.settings.n_codes, dtype=torch.bool, device=device)
@@ -2219,8 +2158,8 @@ def train_epoch(model: CLVQVAE, optimizer: torch.optim.Adam, acts: Activations, 
     model.train()
     with seeded(config.seed, epoch):
         batches = shuffled_batches(len(sentences), config.batch_sentences, order, config.read_together)
-        chosen = [sentences[batch] for batch in batches]
-        for (x, y), lengths in acts.stream(chosen, (model.layer, model.target_layer), device):
+        batches = [sentences[batch] for batch in batches]
+        for (x, y), lengths in acts.stream(batches, (model.layer, model.target_layer), device):
             with autocast(device, config.precision):
                 out = model(x, lengths)
             loss, error = model.loss(out, y)
@@ -2249,24 +2188,37 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
           start: Callable[..., tuple[Tensor, Tensor]] = start_codebook) -> tuple[CLVQVAE, pd.DataFrame]:
     """A trained CLVQ-VAE with its best weights, and its history: one row per epoch, epoch 0 being the start.
 
-    With a ``folder``, a checkpoint is kept there after each epoch, from which a later call goes on. On as many threads it
-    reaches the same weights bit for bit, as all that is random in an epoch depends on (seed, epoch). FloatingPointError
-    if a loss is not finite; the checkpoint of the last good epoch stays.
+    With a ``folder``, a checkpoint is kept there after each epoch. A later call goes on from it, with as many threads
+    to the same weights bit for bit: all that is random in an epoch depends on (seed, epoch). FloatingPointError if a
+    loss is not finite; the checkpoint of the last good epoch stays.
     """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
     (source, target), device = layers, best_device()
     fitted, held = split_sentences(len(acts.lengths), config)
     rows = acts.rows(fitted)
     with seeded(config.seed):
-        model = CLVQVAE(acts.states[source].shape[1], acts.states[target].shape[1], source, target, acts.source["model"],
-                        config.subset(ModelSettings)).to(device)
+        width, target_width = (acts.states[layer].shape[1] for layer in layers)
+        model = CLVQVAE(width, target_width, source, target, acts.source["model"], config.subset(ModelSettings))
+        model.to(device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=config.lr_factor, patience=config.lr_patience)
+    optimizer = torch.optim.Adam(trainable, config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", config.lr_factor, config.lr_patience)
+    for parameter in trainable:                                             # as Adam's first step would begin
+        optimizer.state[parameter] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(parameter),
+                                      "exp_avg_sq": torch.zeros_like(parameter)}
     checkpoint = folder / "checkpoint.safetensors" if folder else None
+    best = {name: value.clone() for name, value in model.state_dict().items()}
 
     if checkpoint and checkpoint.exists():
-        best, record = load_checkpoint(checkpoint, model, optimizer)
+        tensors = checkpoint_tensors(model, best, optimizer)
+        for name, value in load_tensors(checkpoint, tensors).items():
+            tensors[name].copy_(value)
+        with safe_open(checkpoint, "pt") as file:
+            record = json.loads(file.metadata()["record"])
         plateau.load_state_dict(record["plateau"])
+        optimizer.param_groups[0]["lr"] = record["learning_rate"]
     else:
         if config.standardize_targets:
             mean, variance = moments(acts.states[target], rows)
@@ -2300,13 +2252,14 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
                                   "seconds": time.perf_counter() - began})
         record.update(epoch=epoch, plateau=plateau.state_dict(), learning_rate=rate)
         if checkpoint:
-            save_checkpoint(checkpoint, model, optimizer, best, record)
+            tensors = {name: value.contiguous() for name, value in checkpoint_tensors(model, best, optimizer).items()}
+            write_whole(checkpoint, partial(save_file, tensors, metadata={"record": json.dumps(record)}))
         bar.update()
         bar.set_postfix(explained=f"{result['variance_explained']:.3f}", codes=result["codes_used"])
     bar.close()
     model.load_state_dict(best)
-    total = sum(z.double().sum(0) for z in model.encodings(acts.states[source], rows))
-    model.encoding_mean.copy_(total / len(rows))
+    sums = [z.double().sum(0) for z in model.encodings(acts.states[source], rows)]
+    model.encoding_mean.copy_(torch.stack(sums).sum(0) / len(rows))
     return model.eval(), pd.DataFrame(record["history"])
 
 
@@ -2314,8 +2267,8 @@ def train(acts: Activations, config: Config, layers: tuple[int, int], folder: Pa
 def sampling(model: CLVQVAE, states: Float[Tensor, "N D"], rows: int = 16384) -> dict[str, float]:
     """How random training's choice of codes is (equation 4) over these source states.
 
-    sampling_entropy, mean over states in nats, and effective_k, its exponential; nearest_chance, mean probability of the
-    nearest code; gap, median of how much farther the second nearest code is; temperature_in_gaps.
+    sampling_entropy, mean over states in nats, and effective_k, its exponential; nearest_chance, mean probability of
+    the nearest code; gap, median of how much farther the second nearest is; temperature_in_gaps.
     """
     settings, entropies, chances, gaps = model.settings, [], [], []
     for z in model.encodings(states, size=rows):
@@ -2325,19 +2278,21 @@ def sampling(model: CLVQVAE, states: Float[Tensor, "N D"], rows: int = 16384) ->
         chances.append(p[:, 0])
         gaps.append(near[:, min(1, near.shape[1] - 1)] - near[:, 0])
     entropy, gap = float(torch.cat(entropies).mean()), float(torch.cat(gaps).median())
-    return {"sampling_entropy": entropy, "effective_k": math.exp(entropy), "nearest_chance": float(torch.cat(chances).mean()),
-            "gap": gap, "temperature_in_gaps": settings.temperature / gap if gap > 0 else math.inf}
+    return {"sampling_entropy": entropy, "effective_k": math.exp(entropy),
+            "nearest_chance": float(torch.cat(chances).mean()), "gap": gap,
+            "temperature_in_gaps": settings.temperature / gap if gap > 0 else math.inf}
 
 
 @torch.no_grad()
 def references(model: CLVQVAE, acts: Activations, config: TrainSettings) -> dict[str, float]:
     """Held-out variance of the targets that two simpler predictors explain: the mean target state of each code (what
     codes say by themselves), and least squares on the source states (without codes or decoder)."""
-    (x, y), (x_held, y_held) = ([acts.states[layer][acts.rows(part)].double() for layer in (model.layer, model.target_layer)]
-                                for part in split_sentences(len(acts.lengths), config))
+    fitted, held = (acts.rows(part) for part in split_sentences(len(acts.lengths), config))
+    x, x_held = (acts.states[model.layer][rows].double() for rows in (fitted, held))
+    y, y_held = (acts.states[model.target_layer][rows].double() for rows in (fitted, held))
     codes, codes_held = model.assign(x), model.assign(x_held)
     counts = codes.bincount(minlength=model.settings.n_codes).double()
-    means = torch.zeros(len(counts), y.shape[1], dtype=torch.double).index_add_(0, codes, y) / counts.clamp_min(1)[:, None]
+    means = y.new_zeros(len(counts), y.shape[1]).index_add_(0, codes, y) / counts.clamp_min(1)[:, None]
     means[counts == 0] = y.mean(0)
     centred = x - x.mean(0)
     ridge = 1e-4 * centred.square().sum() / x.shape[1]                      # of the mean squared length, for few rows
@@ -2378,24 +2333,21 @@ class Concepts:
     @torch.no_grad()
     def assign(self, states: Float[Tensor, "N D"], rows: int = 16384) -> Int[Tensor, "N"]:
         """The concept of each state of layer `reads`."""
-        def codes(block: Float[Tensor, "b D"]) -> Int[Tensor, "b"]:
-            return self.scores(block).argmax(1) if self.scores else nearest(block, self.vectors)[0]
-
-        return torch.cat([codes(block) for block in blocks(states, size=rows)])
+        codes = (self.scores(block).argmax(1) if self.scores else nearest(block, self.vectors)[0]
+                 for block in blocks(states, size=rows))
+        return torch.cat(list(codes))
 
 
 def ward(x: Float[Tensor, "N D"], k: int) -> Float[Tensor, "K D"]:
-    """Centroids of agglomerative clusters, Ward linkage on Euclidean distances, as in Yu et al. 2024.
-
-    Memory grows with the square of N: the paper's 81,456 states would need 26.5 GB. The time, which is announced, is that
-    of a tenth of the states, scaled.
-    """
+    """Centroids of agglomerative clusters, Ward linkage on Euclidean distances, as in Yu et al. 2024. Says the cost:
+    memory grows with the square of N (26.5 GB for the paper's 81,456), and so does the time, scaled from a tenth."""
     from sklearn.cluster import AgglomerativeClustering
 
     began, tenth = time.perf_counter(), max(2, len(x) // 10)
     AgglomerativeClustering(2, linkage="ward").fit(x[:tenth].numpy())
     seconds = (time.perf_counter() - began) * (len(x) / tenth) ** 2
-    tqdm.write(f"Ward clustering of {len(x):,} states: {len(x) ** 2 * 4 / 2**30:.1f} GiB, about {seconds:.0f} s", file=sys.stderr)
+    gib = len(x) ** 2 * 4 / 2**30
+    tqdm.write(f"Ward clustering of {len(x):,} states: {gib:.1f} GiB, about {seconds:.0f} s", file=sys.stderr)
     labels = torch.from_numpy(AgglomerativeClustering(k, linkage="ward").fit_predict(x.numpy()))
     return torch.zeros(k, x.shape[1]).index_add_(0, labels, x) / labels.bincount(minlength=k)[:, None]
 
@@ -2406,11 +2358,8 @@ CLUSTERS: dict[Any, str] = {"ward": "Ward clusters", "kmeans++": "k-means", "sph
 
 def clusters(acts: Activations, layer: int, how: Literal["ward", "kmeans++", "spherical", "random"],
              config: Config) -> Concepts:
-    """`n_codes` clusters of the training states, each state belonging to the nearest centre.
-
-    ``ward`` of `cluster_points` states drawn uniformly; ``kmeans++``; ``spherical``, where CLVQ-VAE starts (equation 2);
-    ``random`` training states.
-    """
+    """`n_codes` clusters of the training states: by Ward linkage of `cluster_points` of them, by k-means, by spherical
+    k-means, where CLVQ-VAE starts (equation 2), or around random states. A state is in that of the nearest centre."""
     states, generator, k = acts.states[layer], torch.Generator().manual_seed(config.seed), config.n_codes
     if how == "ward":
         if (points := min(len(states), config.cluster_points)) < k:
@@ -2418,8 +2367,8 @@ def clusters(acts: Activations, layer: int, how: Literal["ward", "kmeans++", "sp
         states = states[torch.randperm(len(states), generator=generator)[:points]].float()
         vectors = ward(states, k)
     else:
-        n, width = min(len(states), MAX_POINTS_PER_CODE * k), states.shape[1]
         if how != "random":
+            n, width = min(len(states), MAX_POINTS_PER_CODE * k), states.shape[1]
             operations = 2 * n * k * width * (config.start_iterations + 2 + math.log(k))
             announce_cost(f"{CLUSTERS[how]} of {n:,} states", operations, 8 * n * width)
         vectors, _ = start_codebook(states, config.replace(start=how), generator)
@@ -2439,7 +2388,7 @@ class SparseAutoencoder(nn.Module):
         self.top_k = top_k
         self.decoder = nn.Parameter(F.normalize(torch.randn(neurons, target_width), dim=1))                 # V, (H, D2)
         rows = self.decoder.detach() if width == target_width else F.normalize(torch.randn(neurons, width), dim=1)
-        # Half of the neurons are active at first; scaled so, they add up to about the state and not to many times it.
+        # At first half of the neurons are active; scaled so, they add up to about the state, not to many times it.
         self.encoder = nn.Parameter(rows * (1.0 if top_k else min(1.0, 2 * width / neurons)))               # W, (H, D)
         self.bias, self.target_bias = nn.Parameter(torch.zeros(neurons)), nn.Parameter(torch.zeros(target_width))
         self.mean, self.scale = nn.Buffer(torch.zeros(width)), nn.Buffer(torch.ones(()))
@@ -2485,11 +2434,13 @@ def sae_step(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Float[
     return loss.detach()
 
 
-def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: int, config: Config) -> SparseAutoencoder:
+def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: int,
+              config: Config) -> SparseAutoencoder:
     """A cross-layer sparse autoencoder, trained by Adam; on the CPU."""
     x, y = (acts.states[layer] for layer in layers)
     weights = neurons * (x.shape[1] + y.shape[1])
-    announce_cost(f"training an SAE of {neurons:,} neurons on {len(x):,} states", 6 * len(x) * weights * config.sae_epochs, 16 * weights)
+    operations = 6 * len(x) * weights * config.sae_epochs
+    announce_cost(f"training an SAE of {neurons:,} neurons on {len(x):,} states", operations, 16 * weights)
     device, generator = best_device(), torch.Generator().manual_seed(config.seed)
     with seeded(config.seed, neurons):
         sae = SparseAutoencoder(x.shape[1], y.shape[1], neurons, top_k)
@@ -2499,21 +2450,21 @@ def train_sae(acts: Activations, layers: tuple[int, int], neurons: int, top_k: i
     for epoch in tqdm(range(config.sae_epochs), desc=f"training SAE {neurons}", unit="epoch"):
         total = torch.zeros((), device=device)
         for batch in torch.randperm(len(x), generator=generator).split(config.sae_batch):
-            total += sae_step(sae, optimizer, *(states[batch].to(device).float() for states in (x, y)), config)
+            source, target = (states[batch].to(device).float() for states in (x, y))
+            total += sae_step(sae, optimizer, source, target, config)
         check_finite(total.item(), epoch, config)
     return sae.eval().cpu()
 
 
 @torch.no_grad()
 def sae_facts(sae: SparseAutoencoder, acts: Activations, layers: tuple[int, int], rows: int = 8192) -> dict[str, float]:
-    """Over these states: share of the target's variance explained, L0 (active neurons per state), share of dead neurons."""
+    """Share of these states' target variance explained, L0 (active neurons per state), share of dead neurons."""
     error, active, fired = 0.0, 0.0, torch.zeros(len(sae.encoder), dtype=torch.bool)
     for x, y in zip(*(blocks(acts.states[layer], size=rows) for layer in layers), strict=True):
         _, mse, f = sae.loss(x, y, 0.0)
         error, active, fired = error + float(mse) * len(x), active + float((f > 0).sum()), fired | (f > 0).any(0)
-    n = len(acts.tokens)
-    variance = moments(acts.states[layers[1]])[1].mean() / sae.target_scale.square()
-    return {"variance_explained": 1 - error / n / float(variance), "l0": active / n, "dead": 1 - float(fired.float().mean())}
+    n, variance = len(acts.tokens), float(moments(acts.states[layers[1]])[1].mean() / sae.target_scale.square())
+    return {"variance_explained": 1 - error / n / variance, "l0": active / n, "dead": 1 - float(fired.float().mean())}
 
 
 def sae_concepts(sae: SparseAutoencoder, layers: tuple[int, int], name: str, config: Config,
@@ -4145,7 +4096,7 @@ def run_parallel(function: Callable[..., Any], calls: Sequence[Sequence[Any]], w
                        "resources": dict(resources or {}), "retries": retries}
         else:
             threads = threads or max(1, cores() // workers)
-            backend = {"backend": "loky", "n_jobs": workers, "inner_max_num_threads": threads}
+            backend = {"backend": "loky", "n_jobs": workers, "inner_max_num_threads": threads, "idle_worker_timeout": 60}
             variables["CLVQ_CACHE"] = str(cache_folder())
         for attempt in range(retries, -1, -1):
             jobs = [delayed(worker_call)(i, function, arguments, retries, threads, variables, step_versions())
@@ -4398,31 +4349,30 @@ class Pipeline:
         if (width := self.model_config.hidden_size) % config.decoder_heads:
             raise ValueError(f"decoder_heads must divide the width {width}, and {config.decoder_heads} does not")
         check_folds(self.test["label"].to_numpy(), config)
-        if (states := len(self.expected_states)) < config.n_codes:
+        if (states := self.cost["states"]) < config.n_codes:
             raise ValueError(f"n_codes={config.n_codes} is more than the {states} states that CLVQ-VAE is trained on: "
                              "lower n_codes or take more text")
         return self
 
     @cached_property
-    def expected_states(self) -> pd.DataFrame:
-        """Sentence and word of the states that CLVQ-VAE will be trained on, known without the model; the tokenizer may
-        lose a few."""
+    def expected_states(self) -> Int[np.ndarray, "S"]:
+        """How many states each training sentence will give; the tokenizer may lose a few."""
         words = [["", *split_words(text, self.config.words)] for text in self.train["text"]]
         tokens = pd.DataFrame({"word": words}).explode("word").reset_index(names="sentence")
         tokens["is_summary"] = ~tokens["sentence"].duplicated()
-        tokens = tokens[frequency_filter(tokens, self.config)]
-        return tokens[tokens["sentence"].isin(split_sentences(len(words), self.config)[0].tolist())]
+        return np.bincount(tokens["sentence"][frequency_filter(tokens, self.config)], minlength=len(words))
 
-    @property
+    @cached_property
     def cost(self) -> dict[str, float]:
-        """What training will take at most, before anything is computed: states, gflop, memory_mib and disk_mib of
-        states."""
-        config, width, states = self.config, self.model_config.hidden_size, len(self.expected_states)
-        layers = self.model_config.num_hidden_layers + 1 if config.all_layers else 2
+        """What training will take, before anything is computed: states it is done on, gflop, memory_mib of these, disk_mib
+        of all that are kept."""
+        config, width = self.config, self.model_config.hidden_size
+        states = int(self.expected_states[split_sentences(len(self.train), config)[0]].sum())
+        layers = len(self.every_layer) if config.all_layers else 2
         weights = 2 * width**2 + config.decoder_layers * (8 * width**2 + 2 * width * config.feedforward)
         flop = states * config.epochs * (6 * weights + 2 * config.n_codes * width)
         return {"states": states, "gflop": flop / 1e9, "memory_mib": states * width * 8 / 2**20,
-                "disk_mib": states * layers * width * 2 / 2**20}
+                "disk_mib": int(self.expected_states.sum()) * layers * width * 2 / 2**20}
 
     # --- states, salience, training -------------------------------------------------------------------------------
 
@@ -4876,6 +4826,11 @@ class Run(NamedTuple):
         """Hash of everything the run depends on."""
         pipeline = Pipeline(self.config)
         return hash_text(pipeline.call("training_summary"), pipeline.config)[:16]
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """`Pipeline.cost`."""
+        return Pipeline(self.config).cost
 
     def check(self) -> None:
         """ValueError in one sentence if it cannot run."""

@@ -136,7 +136,7 @@ def listing(folder: Path) -> set[str]:
 
 
 def make_step(folder: Path) -> Path:
-    return clvq.finished(folder, lambda partial: (partial / "data").write_bytes(bytes(2**20)), step="train")
+    return clvq.cached_step(folder, lambda partial: (partial / "data").write_bytes(bytes(2**20)), step="train")
 
 
 def test_clean_deletes_our_steps_and_nothing_of_anybody_else(tmp_path, monkeypatch, capsys):

@@ -51,7 +51,7 @@ def why_stale(twin: Path, notebook: Path) -> str:
     if [source(c) for c in cells(twin)] != [source(c) for c in cells(notebook)]:
         return f"{twin.name} in book/executed has other code than its notebook: run `make paper`"
     made = json.loads(twin.read_text("utf8"))["metadata"].get("clvq", {})
-    if notebook.name not in LONG and made.get("code") != clvq.notebook_code_hash(notebook):
+    if notebook.name not in LONG and made.get("code") != clvq_app.notebook_key(notebook):
         return f"{twin.name} in book/executed was made by other code of clvq_core.py than today's: run `make paper`"
     return ""
 
@@ -95,7 +95,7 @@ def test_a_stale_twin_is_found_out(tmp_path):
     notebook, twin = tmp_path / "a.ipynb", tmp_path / "twin.ipynb"
     shutil.copy(NOTEBOOKS[0], notebook)
     fresh = json.loads(notebook.read_text("utf8"))
-    fresh["metadata"]["clvq"] = {"code": clvq.notebook_code_hash(notebook)}
+    fresh["metadata"]["clvq"] = {"code": clvq_app.notebook_key(notebook)}
     injected = {"cell_type": "code", "metadata": {"tags": ["injected-parameters"]}, "source": "seed = 1", "outputs": []}
 
     def reason(**changes):
@@ -147,9 +147,8 @@ def test_every_citation_is_in_the_bibliography():
 
 
 def test_the_metrics_page_explains_every_column_of_the_history(tiny_acts, tiny_config):
-    from dataclasses import replace
 
-    history = clvq.train(tiny_acts, replace(tiny_config, epochs=1), (0, 1))[1]
+    history = clvq.train(tiny_acts, tiny_config.replace(epochs=1), (0, 1))[1]
     explained = re.findall(r"^\| `(\w+)` \|", PROSE["metrics"], re.M)
     assert sorted(explained) == sorted(history.columns)
 

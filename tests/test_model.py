@@ -1,6 +1,7 @@
 """Encoder, decoder and the whole CLVQ-VAE: equation 1, masks, what passes around the codes, saving and loading."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import clvq_core as clvq
 
@@ -299,6 +301,56 @@ def test_a_saved_model_is_safetensors_and_json_and_no_pickle(tiny_acts, tmp_path
     assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "model.safetensors", "README.md"}
     assert (tmp_path / "config.json").exists() and (tmp_path / "model.safetensors").exists()
     assert not any(path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["quantizer.codebook", "encoder.theta", "encoding_mean", "decoder.layers.1.norm1.bias"])
+def test_a_file_that_lacks_a_tensor_has_one_too_many_or_one_of_another_shape_is_refused(refused, tiny_acts, tmp_path, name):
+    build(tiny_acts).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for fault, changed in {
+        "lacks": {key: value for key, value in tensors.items() if key != name},
+        "beyond need": {**tensors, f"{name}2": tensors[name].clone()},
+        "in another shape": {**tensors, name: torch.zeros(3, 5)},
+    }.items():
+        save_file(changed, path)
+        with refused("model.safetensors", fault, name):
+            clvq.CLVQVAE.from_pretrained(tmp_path)
+        with refused("model.safetensors", fault, name):
+            clvq.CLVQVAE.from_pretrained(tmp_path, strict=False)
+    save_file(tensors, path)
+    clvq.CLVQVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["settings", "width", "source_layer"])
+def test_a_configuration_that_lacks_something_is_refused(refused, tiny_acts, tmp_path, name):
+    build(tiny_acts).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+    with refused("config.json", name):
+        clvq.CLVQVAE.from_pretrained(tmp_path)
+
+
+def test_a_pickle_is_never_read(refused, tiny_acts, tmp_path):
+    model = build(tiny_acts)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with refused("pytorch_model.bin", "safetensors"):
+        clvq.CLVQVAE._load_as_pickle(model, str(tmp_path / "pytorch_model.bin"), "cpu", True)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("memory", ["encoder", "quantized", "shuffled", "constant", "none"])
+def test_a_model_on_a_gpu_gives_what_it_gives_on_the_cpu_and_hands_out_tensors_of_the_cpu(tiny_acts, batch, memory):
+    x, lengths = batch
+    model = build(tiny_acts, memory=memory)
+    states, expected, codes = tiny_acts.states[0], model(x, lengths).reconstruction, model.assign(tiny_acts.states[0])
+    model.cuda()
+    torch.testing.assert_close(model(x.cuda(), lengths).reconstruction.cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert (model.assign(states) == codes).float().mean() > 0.99
+    drawn = [model.assign(states, generator=torch.Generator(device)) for device in ("cpu", "cuda")]
+    assert {tensor.device.type for tensor in (model.vectors, model.centre, *drawn)} == {"cpu"}
+    clvq.sampling(model, states)
 
 
 def with_source(acts: clvq.Activations, layers: list[int], **changed) -> clvq.Activations:
