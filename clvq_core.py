@@ -1164,7 +1164,7 @@ def load_language_model(name: str, label_names: Sequence[str] | None = None, see
         return LanguageModel((model if options else model.to(best_device())).eval(), tokenizer, name, prompt, answers)
     if label_names is None and not any(kind.endswith("SequenceClassification") for kind in config.architectures or []):
         raise ValueError(f"model {name!r} has no classification head of its own: set finetune to true")
-    labels = {} if label_names is None else {"num_labels": len(label_names), "id2label": dict(enumerate(label_names)),
+    labels = {} if label_names is None else {"id2label": dict(enumerate(label_names)),
                                              "label2id": {label: i for i, label in enumerate(label_names)}}
     with seeded(seed):
         model = load_pretrained("AutoModelForSequenceClassification", folder, name, dtype=torch.float32,
@@ -1221,7 +1221,7 @@ def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
         inside[-1] &= not lm.prompt                                                         # a prompt's summary
         removable = np.flatnonzero(inside & (ends <= len(text)))
         if (others := len(inside) - len(removable)) > limit:
-            raise ValueError(f"max_tokens {limit} leaves no room for text: {others} sub-words of {lm.name!r} surround it")
+            raise ValueError(f"max_tokens {limit} leaves no room for text, which {others} sub-words surround")
         cut = removable[limit - others:]
         last = np.maximum(starts, ends - 1).clip(max=len(text) - 1)
         ids.append(np.delete(encoding.ids, cut))

@@ -311,7 +311,7 @@ def test_a_whole_run_from_a_folder_to_the_models_own_answers(family, tmp_path, m
     )
     pipeline = clvq.Pipeline(config, tmp_path).check()
     assert name not in DECODERS or not pipeline.salient["is_summary"].any()
-    assert len(pipeline.alone) > 0 and len(pipeline.in_model(["CLVQ-VAE"])) == 40 * 4 and len(pipeline.report)
+    assert len(pipeline.clvq_faithfulness) > 0 and len(pipeline.in_model(["CLVQ-VAE"])) == 40 * 4 and len(pipeline.report)
     assert pipeline.explain("a dull film").words["word"].tolist() == ["a", "dull", "film"]
 
 
@@ -462,7 +462,7 @@ def test_what_is_kept_of_one_prompt_is_not_taken_for_another(family, tmp_path):
     "settings, part",
     [
         (dict(finetune=True), "finetune"),
-        (dict(finetune=False, answers="bad"), "1 answers for 2 classes"),
+        (dict(finetune=False, answers="bad"), "answers must be one for each of negative, positive"),
         (dict(finetune=False, answers="dull, dull film"), "same token"),
         (dict(finetune=False, prompt="Is it good?"), "{text}"),
         (dict(finetune=False, prompt="Is it good? {text}"), "after {text}"),
