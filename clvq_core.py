@@ -1532,7 +1532,7 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
-    lost, seen = tokens.attrs["lost"], len(tokens)
+    lost = tokens.attrs["lost"]
     tokens = (tokens[frequency_filter(tokens, config)] if filtered else tokens).reset_index(drop=True)
     layers, width = sorted(set(layers)), lm.model.config.hidden_size
     announce_cost(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}",
@@ -1565,7 +1565,7 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
     tokens.drop(columns=["first", "last"]).to_parquet(folder / "tokens.parquet")
     source = {"model": lm.name, "n_layers": lm.n_layers, "layers": layers, "width": width, "sentences": len(texts),
               "text": hash_text(list(texts)), "settings": config.subset(ActivationSettings).model_dump(),
-              "filtered": filtered, "words_seen": seen - len(texts) + lost, "words_lost": lost,
+              "filtered": filtered, "words_seen": sum(map(len, encoded.words)), "words_lost": lost,
               "words_kept": len(tokens) - len(texts)}
     (folder / "source.json").write_text(json.dumps(source, indent=2), "utf8")
     return Activations.load(folder)
