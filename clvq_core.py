@@ -1049,7 +1049,9 @@ def convert_gguf(folder: Path) -> None:
     tqdm.write(f"converting {file.name}, once, which takes half a minute", file=sys.stderr)
     with redirect_stderr(io.StringIO()), quiet_transformers():
         options: dict[str, Any] = dict(folder=file.parent, name=file.name, gguf_file=file.name)
-        load_pretrained("AutoTokenizer", **options).save_pretrained(folder)
+        tokenizer = load_pretrained("AutoTokenizer", **options)
+        tokenizer.init_kwargs.pop("local_files_only", None)             # how it was found is no property of the model
+        tokenizer.save_pretrained(folder)
         model = load_pretrained("AutoModelForCausalLM", **options, dtype=torch.float32)
         del model.config.quantization_config
         plain = type(model)(model.config)
