@@ -194,6 +194,28 @@ def test_a_worker_of_this_machine_that_is_killed_loses_no_call(tmp_path):
     assert (tmp_path / "mark").exists() and [results[i] for i in range(4)] == names
 
 
+def test_workers_of_this_machine_need_no_dask_and_listen_on_no_port():
+    """What listens can be told to run code by any user of the machine."""
+    program = """
+import sys
+sys.modules["distributed"] = sys.modules["dask"] = None                                      # as where neither is installed
+import psutil, pathlib
+import clvq_core as clvq
+calls = [(pathlib.Path(clvq.__file__),)] * 4
+for _, result in clvq.run_parallel(clvq.hash_file, calls, workers=2):
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    print(result, [c.laddr for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN])
+try:
+    list(clvq.run_parallel(clvq.hash_file, calls, scheduler="tcp://127.0.0.1:1"))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": PATH}, capture_output=True, text=True, timeout=240)
+    *lines, refused = done.stdout.splitlines()
+    assert lines == [f"{clvq.hash_file(ROOT / 'clvq_core.py')} []"] * 4, done.stderr
+    assert refused == "a scheduler needs the package distributed: pip install distributed"
+
+
 def test_the_number_of_workers_minds_the_environment_cores_memory_and_gpu(monkeypatch):
     monkeypatch.setenv("CLVQ_WORKERS", "3")
     assert clvq.default_workers() == 3
