@@ -635,7 +635,7 @@ def length_batches(lengths: Int[Tensor, "S"], budget: int) -> list[Int[Tensor, "
 # 4 Corpora
 # ======================================================================================================================
 def package_path(package: str, inside: str, requirement: str) -> Path:
-    """A file of an installed package, found without importing the package."""
+    """A file or folder of an installed package, found without importing the package."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     if not folders or not (path := Path(folders[0]) / inside).exists():
@@ -646,6 +646,16 @@ def package_path(package: str, inside: str, requirement: str) -> Path:
 def check_hash(path: Path, digest: str, expected: str) -> None:
     if digest != expected:
         raise ValueError(f"{path} is not the version this project knows (sha256 {digest[:12]}…, not {expected[:12]}…)")
+
+
+@contextmanager
+def explain_failure(problem: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds become a ValueError: the problem, and the first line of the error as its reason."""
+    try:
+        yield
+    except kinds as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(" .:")
+        raise ValueError(f"{problem}: {reason or type(error).__name__}") from error
 
 
 def read_movies() -> pd.DataFrame:
@@ -667,7 +677,7 @@ def read_news() -> pd.DataFrame:
     check_hash(folder, digest, "78155e22bbffa82f9258201ddf048e38163a0ddcbd0b0947ede5a37e05692dff")
     rows = []
     for path in paths:
-        text = path.read_bytes().decode("latin-1" if path.match("sports/199.txt") else "utf-8")
+        text = path.read_text("latin-1" if path.match("sports/199.txt") else "utf-8")
         paragraphs = [line.strip() for line in text.splitlines() if line.strip()]
         rows.append((". ".join(paragraphs[:2]), path.parent.name))
     return pd.DataFrame(rows, columns=["text", "label"])
@@ -681,20 +691,14 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {                          
 }
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def read_table(path: Path) -> pd.DataFrame:
     """A table from a file, which may be gzipped. (`datasets` would keep a copy, and hide what is wrong.)"""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if not path.is_file() or suffix not in READERS:
         raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join((*EMBEDDED, *PUBLISHED))}, "
                          f"an existing file of {', '.join(READERS)}, or owner/name of a data set on the Hub")
-    try:
+    with explain_failure(f"{path} cannot be read as {suffix[1:]}", Exception):
         return READERS[suffix](path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
 
 
 def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation")) -> pd.DataFrame:
@@ -706,16 +710,14 @@ def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("te
 
     location, _, configuration = name.partition(":")
     datasets.disable_progress_bars()
-    try:
+    with explain_failure(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
+                         "(if it is gated, log in with hf auth login)", Exception):
         if (folder := Path(location)).is_dir():
-            named = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
-            for file in itertools.chain.from_iterable(named.values()):
+            data_files = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
+            for file in itertools.chain.from_iterable(data_files.values()):
                 if not Path(os.path.abspath(file)).is_relative_to(folder.resolve()):
                     raise ValueError(f"its README names {file}, which lies outside the folder")
         splits = datasets.load_dataset(location, configuration or None, revision=revision)
-    except Exception as error:
-        raise ValueError(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
-                         f"(if it is gated, log in with hf auth login): {first_line(error)}") from error
     test = next((split for split in tests if split in splits), "")
     parts = []
     for split in ("train", test) if test and "train" in splits else list(splits)[:1]:
@@ -729,21 +731,21 @@ def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("te
 
 def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_column: str) -> pd.DataFrame:
     """Columns text and label, and split where there is one. ValueError if they are missing or have gaps."""
-    for option, column in (("text_column", text_column), ("label_column", label_column)):
+    chosen = pd.DataFrame(index=frame.index)
+    for kind, column in (("text", text_column), ("label", label_column)):
         if column not in frame:
             raise ValueError(f"{name} has no column {column!r}, only {', '.join(map(str, frame.columns)):.200}: "
-                             f"set {option} to the right one")
-    chosen = pd.DataFrame({"text": frame[text_column], "label": frame[label_column]})
-    for column in ("text", "label"):
-        empty = np.flatnonzero(chosen[column].isna() | (chosen[column].astype(str).str.strip() == ""))
+                             f"set {kind}_column to the right one")
+        empty = np.flatnonzero(frame[column].isna() | (frame[column].astype(str).str.strip() == ""))
         if len(empty):
-            raise ValueError(f"{name} has no {column} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
+            raise ValueError(f"{name} has no {kind} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
+        chosen[kind] = frame[column].astype(str) if kind == "text" else frame[column]
     if "split" in frame:
         others = () if "test" in set(frame["split"]) else ("dev", "val", "validation")
         chosen["split"] = frame["split"].replace(dict.fromkeys(others, "test"))
         if not {"train", "test"} <= set(chosen["split"]):
             raise ValueError(f"{name} has a column 'split' without rows for both 'train' and 'test'")
-    return chosen.assign(text=chosen["text"].astype(str))
+    return chosen
 
 
 def balanced(frame: pd.DataFrame, rows: int, settings: CorpusSettings) -> pd.DataFrame:
@@ -751,9 +753,6 @@ def balanced(frame: pd.DataFrame, rows: int, settings: CorpusSettings) -> pd.Dat
     counts = frame["label"].value_counts()
     size = min(counts.min(), rows // len(counts))
     return frame.groupby("label").sample(size, random_state=settings.data_seed).sort_index()
-
-
-ERASER_ON_HUB = "eraser-benchmark/movie_rationales"
 
 
 def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
@@ -771,6 +770,9 @@ def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
                 sentences = document.read_text("utf8").split("\n")
                 text = " ".join(sentences[evidence["start_sentence"]:evidence["end_sentence"]])
                 yield text, review["classification"], split, evidence["text"]
+
+
+ERASER_ON_HUB = "eraser-benchmark/movie_rationales"
 
 
 def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
@@ -792,18 +794,15 @@ def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
 
     Evaluation sentences come from validation, classes balanced, as in the authors' code (their own 856 are not known).
     """
-    if path and not path.is_dir():
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                with tarfile.open(path) as archive:
-                    archive.extractall(folder, filter="data")
-            except (OSError, tarfile.TarError) as error:
-                raise ValueError(f"{path} is neither a folder nor a tar of ERASER movies") from error
-            return read_eraser(Path(folder), settings)
-    try:
-        rows = list(eraser_folder(path) if path else eraser_hub())
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not in ERASER's format: {first_line(error)}") from error
+    with tempfile.TemporaryDirectory() as unpacked:
+        folder = path
+        if path and not path.is_dir():
+            folder = Path(unpacked)
+            with explain_failure(f"{path} is neither a folder nor a tar of ERASER movies", OSError, tarfile.TarError):
+                tarfile.open(path).extractall(folder, filter="data")
+        with explain_failure(f"{path} is not in ERASER's format", KeyError, TypeError, UnicodeDecodeError,
+                             json.JSONDecodeError):
+            rows = list(eraser_folder(folder) if folder else eraser_hub())
     frame = pd.DataFrame(rows, columns=["text", "label", "split", "rationale"])
     frame["label"] = frame["label"].map({"NEG": "negative", "POS": "positive"})
     train, test = (frame[frame["split"] == split] for split in ("train", "test"))
@@ -822,8 +821,7 @@ def read_jigsaw(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
     frame["label"] = pd.to_numeric(frame["label"], errors="coerce").map({0: "not toxic", 1: "toxic"})
     if frame["label"].isna().any():
         raise ValueError(f"{path} is not Kaggle's train.csv: its column 'toxic' holds more than 0 and 1")
-    kinds = ("severe_toxic", "obscene", "threat", "insult", "identity_hate")
-    frame = frame.join(table[[kind for kind in kinds if kind in table]])
+    frame = frame.join(table.filter(["severe_toxic", "obscene", "threat", "insult", "identity_hate"]))
     if "split" not in frame:
         frame = balanced(frame[~frame["text"].duplicated() & fits(frame["text"], settings)], 9784, settings)
         test = balanced(frame, 784 * len(frame) // 9784, settings).index
@@ -835,17 +833,13 @@ def read_ag_news(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
     """Title and description of AG News (Zhang et al. 2015) in four classes, from the Hub or its original files."""
     if path is None:
         return choose_columns(read_hub("fancyzhx/ag_news"), "ag_news", "text", "label")
-    classes = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
-    parts = []
-    try:
-        for file in sorted(path.glob("*.csv*")) if path.is_dir() else [path]:
-            part = pd.read_csv(file, names=["label", "title", "description"], keep_default_na=False, dtype=str)
-            parts.append(part.assign(split="test" if "test" in file.name else "train"))
-        frame = pd.concat(parts, ignore_index=True)
-        frame["label"] = frame["label"].map(classes.__getitem__)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not AG News in its original form: train.csv and test.csv without a header, "
-                         "in each row a class from 1 to 4, a title and a description") from error
+    with explain_failure(f"{path} is not AG News in its original form, train.csv and test.csv without a header, in "
+                         "each row a class from 1 to 4, a title and a description", OSError, ValueError, KeyError):
+        files = sorted(path.glob("*.csv*")) if path.is_dir() else [path]
+        frame = pd.concat([pd.read_csv(file, names=["label", "title", "description"], keep_default_na=False, dtype=str)
+                           .assign(split="test" if "test" in file.name else "train") for file in files])
+        classes = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
+        frame = frame.reset_index(drop=True).assign(label=[classes[label] for label in frame["label"]])
     frame["text"] = (frame["title"] + " " + frame["description"]).str.strip()
     return choose_columns(frame if path.is_dir() else frame.drop(columns="split"), str(path), "text", "label")
 
@@ -865,6 +859,17 @@ def corpus_path(dataset: str) -> Path | None:
     return None if dataset in EMBEDDED or (is_name and not path.exists()) else path
 
 
+def split_words(text: str, how: str = "unicode") -> list[str]:
+    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or
+    whatever blanks separate (``whitespace``, as the authors do with text that is tokenised already)."""
+    return text.split() if how == "whitespace" else re.findall(r"\w+(?:['’.\-]\w+)*|[^\w\s]", text)
+
+
+def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
+    """Which texts have words, and at most `max_words` of them."""
+    return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
+
+
 def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
     """The rows of any data set: text, label, and perhaps split and more."""
     dataset, path = settings.dataset, corpus_path(settings.dataset)
@@ -874,27 +879,6 @@ def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
         return PUBLISHED[name](path, settings)
     frame = read_table(path) if path and not path.is_dir() else read_hub(str(path or dataset))
     return choose_columns(frame, str(path or dataset), settings.text_column, settings.label_column)
-
-
-WORD = re.compile(r"\w+(?:['’.\-]\w+)*|[^\w\s]")
-
-
-def split_words(text: str, how: str = "unicode") -> list[str]:
-    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or
-    whatever blanks separate (``whitespace``, as the authors do with text that is tokenised already)."""
-    return text.split() if how == "whitespace" else WORD.findall(text)
-
-
-def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
-    """Which texts have words, and at most `max_words` of them."""
-    return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
-
-
-def shorten(corpus: pd.DataFrame, rows: int | None, settings: CorpusSettings) -> pd.DataFrame:
-    """At most so many rows, drawn by seed, each class keeping its share."""
-    shuffled = corpus.sample(frac=1, random_state=settings.data_seed)
-    place = (shuffled.groupby("label").cumcount() + 0.5) / shuffled["label"].map(corpus["label"].value_counts())
-    return corpus.drop(index=place.sort_values(kind="stable").index[rows or len(corpus):])
 
 
 def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
@@ -913,11 +897,11 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     corpus = corpus[~repeated & ~unfit].reset_index(drop=True)
     labels = sorted(corpus["label"].unique(), key=lambda label: (isinstance(label, str), label))    # numbers first
     names = list(dict.fromkeys(map(str, labels)))
-    corpus["label"] = corpus["label"].astype(str).map({name: i for i, name in enumerate(names)})
-    counts = corpus["label"].map(names.__getitem__).value_counts()
+    counts = corpus["label"].astype(str).value_counts()
     if len(names) < 2 or counts.min() < 10:
-        seen = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "no rows"
-        raise ValueError(f"data set {dataset!r} needs at least two classes of at least 10 rows, but has {seen:.200}")
+        sizes = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "no rows"
+        raise ValueError(f"data set {dataset!r} needs at least two classes of at least 10 rows, but has {sizes:.200}")
+    corpus["label"] = corpus["label"].astype(str).map(names.index)
     if "split" in corpus:
         corpus["split"] = corpus.pop("split")                                   # the last column
     else:
@@ -928,7 +912,9 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     parts = []
     for split, limit in (("train", settings.train_sentences), ("test", settings.test_sentences)):
         rows = corpus[corpus["split"] == split]
-        parts.append(shorten(rows, limit, settings))
+        by_class = rows.sample(frac=1, random_state=settings.data_seed).groupby("label")["label"]
+        order = ((by_class.cumcount() + 0.5) / by_class.transform("size")).sort_values(kind="stable").index
+        parts.append(rows.loc[order[:limit].sort_values()])                     # each class keeps its share
         if missing := [name for i, name in enumerate(names) if i not in set(parts[-1]["label"])]:
             cause = f" as {split}_sentences={limit} gives each class its share" if limit and limit <= len(rows) else ""
             raise ValueError(f"data set {dataset!r} has no {split!r} rows of class {', '.join(missing)}{cause}")
