@@ -781,7 +781,7 @@ def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
 
 
 def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece of evidence; from a folder, tar or Hub.
+    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece of evidence, from a folder, tar or Hub.
 
     Evaluation sentences come from validation with balanced classes, as in the authors' code (their 856 are not known).
     """
@@ -2597,7 +2597,7 @@ def mark(text: str, word: str, is_summary: bool) -> str:
 
 def concept_table(tokens: pd.DataFrame, codes: Int[Tensor, "N"], texts: Sequence[str], labels: Sequence[int],
                   label_names: Sequence[str], n_codes: int, n_words: int = 10, n_examples: int = 3) -> pd.DataFrame:
-    """What each code stands for: a row a concept, unused ones too, the largest first.
+    """What each code stands for: a row per concept, unused ones too, the largest first.
 
     ``tokens`` and ``codes`` come from one pass in evaluation mode. Columns: concept, size, words (each with its count),
     word_counts (all, as JSON), label (of most of its positions), purity (their share), summary_share, examples (of
@@ -2606,13 +2606,13 @@ def concept_table(tokens: pd.DataFrame, codes: Int[Tensor, "N"], texts: Sequence
     table = tokens.assign(concept=codes.cpu().numpy(), label=np.asarray(labels)[tokens["sentence"]])
     concepts, by_concept = pd.RangeIndex(n_codes), table.groupby("concept")
     size = by_concept.size().reindex(concepts, fill_value=0)
-    by_label = table.groupby(["concept", "label"]).size().unstack(fill_value=0).reindex(concepts, fill_value=0)
-    words = {k: n.droplevel(0).to_dict() for k, n in by_concept["word"].value_counts().groupby(level=0)}
+    by_label = pd.crosstab(table["concept"], table["label"]).reindex(concepts, fill_value=0)
+    words = {k: counts.droplevel(0).to_dict() for k, counts in by_concept["word"].value_counts().groupby(level=0)}
     word_counts = [json.dumps(words.get(k, {}), ensure_ascii=False) for k in concepts]
     first = table.drop_duplicates(["concept", "sentence"]).groupby("concept").head(n_examples)
-    marked = [mark(texts[sentence], word, is_summary) for sentence, word, is_summary in
-              first[["sentence", "word", "is_summary"]].itertuples(index=False)]
-    examples = pd.Series(marked, first["concept"].to_numpy(), dtype=object).groupby(level=0).agg(list)
+    columns = first[["sentence", "word", "is_summary"]]
+    marked = [mark(texts[sentence], *word) for sentence, *word in columns.itertuples(index=False)]
+    examples = first.assign(marked=marked).groupby("concept")["marked"].agg(list)
     return pd.DataFrame({
         "concept": concepts, "size": size,
         "words": [top_words(counts, n_words) for counts in word_counts], "word_counts": word_counts,
@@ -2637,8 +2637,8 @@ def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
     r"""How much more often a word is in a concept than in all others, by (concept, word), from how often each is seen.
 
     z-scores of the log-odds ratio with a Dirichlet prior worth ``prior`` words (None: as many as there are), spread as
-    over all concepts together (Monroe et al. 2008, equations 16, 20 and 22): with a small prior, a rare word seen once
-    would pass for specific. They rank words; whether a word is there by chance, `word_p_values` says.
+    over all concepts together (Monroe et al. 2008, equations 16, 20 and 22). A small prior would take a rare word seen
+    once for specific. The scores rank words; `word_p_values` says whether a word is there by chance.
     """
     in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
     total = counts.sum()
@@ -2652,13 +2652,13 @@ def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
 def word_p_values(counts: pd.Series) -> pd.Series:
     """p-values of each word in its concept, had words been dealt to concepts by size; ``counts`` as for `log_odds`.
 
-    Corrected for the thousands of words compared (Benjamini and Hochberg 1995): of those below 0.05, at most some 5 %
-    are there by chance. One-sided: only words *more* frequent than elsewhere count; pairs never seen have p = 1.
+    One-sided: only words *more* frequent than elsewhere count. Corrected for all pairs of a concept and a word, those
+    never seen having p = 1 (Benjamini and Hochberg 1995): of the p-values below 0.05, some 5 % at most are chance.
     """
     from scipy.stats import binom, false_discovery_control
 
     in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
-    pairs = len(counts.groupby(level=0)) * len(counts.groupby(level=1))
+    pairs = math.prod(counts.index.unique(level).size for level in (0, 1))
     adjusted = false_discovery_control(binom.sf(counts - 1, in_all, size / counts.sum())) * pairs / len(counts)
     return pd.Series(adjusted, counts.index).clip(upper=1)
 
@@ -2674,49 +2674,34 @@ def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int
     parts = {}
     for concept in concepts:
         words = table.loc[concept]
-        shown = [*words["times"].nlargest(n).index, *words["specificity"].nlargest(n).index]
-        parts[f"#{concept}"] = words.loc[list(dict.fromkeys(shown))]
-    return pd.concat(parts, names=["concept", "word"]).reset_index()
-
-
-@cache
-def sentiment_lexicon() -> dict[str, float]:
-    """VADER's valence of each of its words, from -4 to 4."""
-    path = package_path("vaderSentiment", "vader_lexicon.txt", "vaderSentiment")
-    rows = (line.split("\t") for line in path.read_text("utf8").splitlines() if line.strip())
-    return {row[0]: float(row[1]) for row in rows}
+        parts[f"#{concept}"] = pd.concat([words.nlargest(n, "times"), words.nlargest(n, "specificity")])
+    shown = pd.concat(parts, names=["concept", "word"])
+    return shown[~shown.index.duplicated()].reset_index()
 
 
 SUFFIXES = ("able", "ing", "ion", "est", "ful", "ous", "ive", "ers", "ed", "ly", "er", "al", "s")
 
 
-def word_form(word: str) -> str:
-    """number, punctuation, UPPER, Title, lower or other."""
-    if any(character.isdigit() for character in word):
-        return "number"
-    if not any(character.isalpha() for character in word):
-        return "punctuation"
-    if word.isupper() and len(word) > 1:
-        return "UPPER"
-    return "Title" if word[0].isupper() else "lower" if word.islower() else "other"
-
-
-def suffix(word: str) -> str:
-    """The first of `SUFFIXES` that a word of letters ends with, after three other letters or more; else nothing."""
-    stem = word.lower() if word.isalpha() else ""
-    return next((end for end in SUFFIXES if stem.endswith(end) and len(stem) >= len(end) + 3), "")
-
-
 def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """What can be seen of each word without a model, a row a row of ``tokens``; None for summaries.
+    """What can be seen of each word without a model, a row per row of ``tokens``; None for summaries.
 
-    Columns: form, suffix, place, sentiment (VADER, Hutto and Gilbert 2014), class (of its sentence, from ``labels``).
+    Columns: form (number, punctuation, UPPER, Title, lower, other), suffix (the first of `SUFFIXES` that a word of
+    letters has after three other letters or more), place (first, inside, last), sentiment (VADER, Hutto and Gilbert
+    2014) and class (of its sentence, from ``labels``).
     """
     word, position = tokens["word"], tokens["position"]
+    forms = {"number": word.map(lambda text: any(map(str.isdigit, text))),
+             "punctuation": ~word.map(lambda text: any(map(str.isalpha, text))),
+             "UPPER": word.str.isupper() & (word.str.len() > 1),
+             "Title": word.str[0].str.isupper(), "lower": word.str.islower()}
+    letters = word.where(word.str.isalpha(), "").str.lower()
     last = tokens.groupby("sentence")["position"].transform("max")
-    valence = word.str.lower().map(sentiment_lexicon()).fillna(0.0)
+    lexicon = pd.read_csv(package_path("vaderSentiment", "vader_lexicon.txt", "vaderSentiment"), sep="\t", header=None,
+                          index_col=0, usecols=[0, 1], quoting=3, keep_default_na=False)[1]
+    valence = word.str.lower().map(lexicon.to_dict()).fillna(0.0)
     surface = pd.DataFrame({
-        "form": word.map(word_form), "suffix": word.map(suffix),
+        "form": np.select(list(forms.values()), list(forms), "other"),
+        "suffix": letters.str.extract(f"^.{{3,}}?({'|'.join(SUFFIXES)})$", expand=False).fillna(""),
         "place": np.select([position == 1, position == last], ["first", "last"], "inside"),
         "sentiment": np.select([valence > 0, valence < 0], ["positive", "negative"], ""),
         "class": np.asarray(labels, dtype=object)[tokens["sentence"]]})
@@ -2738,8 +2723,7 @@ def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, le
 
     def aligned(names: np.ndarray) -> float:
         table = pd.crosstab(code, names)
-        size = table.sum(axis=1)
-        largest = table.drop(columns="", errors="ignore").max(axis=1)
+        size, largest = table.sum(axis=1), table.drop(columns="", errors="ignore").max(axis=1)
         return float((largest / size)[size >= least].ge(share).mean())
 
     return {"aligned": aligned(label), "by_chance": aligned(np.random.default_rng(seed).permutation(label)),
@@ -2762,8 +2746,8 @@ class Explanation:
     chances: dict[str, float]
     """The probability that the language model gives each class, the highest first."""
     words: pd.DataFrame
-    """A row a word, in the text's order: word, salience, concept, concept_words, label and purity (class of most of the
-    concept's training states, and their share), change (of the first class's probability without the concept)."""
+    """A row per word, in the text's order: word, salience, concept, concept_words, label and purity (class of most of
+    the concept's training states, their share), change (of the first class's probability without the concept)."""
     control: tuple[float, float, float]
     """The same change for random concepts: mean, lowest, highest."""
     examples: dict[int, list[str]]
@@ -2812,7 +2796,7 @@ class Explanation:
 
 
 def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFrame:
-    """Which concept of one layer becomes which of another, for the same tokens: a row a pair, the most frequent first.
+    """Which concept of one layer becomes which of another, for the same tokens: a row per pair, the most frequent first.
 
     Columns: source, target, count, share (of the source's tokens), lift (share over the target's share of all tokens).
     """
@@ -2823,23 +2807,20 @@ def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFr
 
 def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[Any, str], Mapping[Any, str]]) -> None:
     """Draw `transitions` as bands from left to right, as wide as they have tokens; ``names`` of sources and targets."""
-    gap = 0.02 * flow["count"].sum()
-    starts: tuple[dict[Any, float], dict[Any, float]] = ({}, {})                # where each concept's next band begins
-    for side, column in enumerate(("source", "target")):
-        top = 0.0
-        for concept, height in flow.groupby(column, sort=False)["count"].sum().items():
-            starts[side][concept] = top
-            axes.barh(top + height / 2, 0.04, height, left=side - 0.02, color="#7f7f7f")
-            axes.text(side + (-0.04, 0.04)[side], top + height / 2, names[side][concept], ha=("right", "left")[side],
-                      va="center", fontsize="small", parse_math=False)
-            top += height + gap
+    starts = []                                                                 # where each band begins, on both sides
+    for side, column, align in ((0, "source", "right"), (1, "target", "left")):
+        by_concept = flow.groupby(column, sort=False)["count"]
+        heights = by_concept.sum()
+        tops = heights.cumsum() - heights + 0.02 * flow["count"].sum() * np.arange(len(heights))
+        axes.barh(tops, 0.04, heights, side - 0.02, align="edge", color="#7f7f7f")
+        for concept, middle in (tops + heights / 2).items():
+            axes.text((-0.04, 1.04)[side], middle, names[side][concept], ha=align, va="center", fontsize="small",
+                      parse_math=False)
+        starts.append(flow[column].map(tops) + by_concept.cumsum() - flow["count"])
     x = np.linspace(0, 1, 60)
-    ease = 3 * x**2 - 2 * x**3
-    for i, (source, target, count) in enumerate(flow[["source", "target", "count"]].to_numpy().tolist()):
-        low = starts[0][source] + (starts[1][target] - starts[0][source]) * ease
-        axes.fill_between(0.02 + 0.96 * x, low, low + count, alpha=0.4, linewidth=0, color=f"C{i % 10}")
-        starts[0][source] += count
-        starts[1][target] += count
+    for i, (left, right, height) in enumerate(zip(*starts, flow["count"], strict=True)):
+        low = left + (right - left) * (3 * x**2 - 2 * x**3)
+        axes.fill_between(0.02 + 0.96 * x, low, low + height, alpha=0.4, linewidth=0, color=f"C{i % 10}")
     axes.invert_yaxis()
     axes.axis("off")
 
@@ -2862,7 +2843,7 @@ def cloud_font(words: Iterable[str]) -> str:
     from matplotlib import font_manager, get_data_path
     from PIL import ImageFont
 
-    needed = {ord(character) for word in words for character in word if not character.isspace()}
+    needed = {ord(character) for character in "".join(words) if not character.isspace()}
 
     def lacking(path: str) -> int:
         try:
@@ -2911,7 +2892,7 @@ def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 
     for column in text.select_dtypes("number"):
         form = "{:,}" if pd.api.types.is_integer_dtype(text[column]) else f"{{:.{digits}f}}"
         text[column] = ["" if pd.isna(number) else form.format(number) for number in text[column]]
-    text = text.fillna("").astype(str).map(lambda cell: re.sub(r"(?<![\w.])-(?=\d)", "−", cell))    # a real minus
+    text = text.fillna("").astype(str).replace(r"(?<![\w.])-(?=\d)", "−", regex=True)         # a real minus
     sides = ["---:" if text[column].str.fullmatch(r"[\d.,%−+–]*").all() else "---" for column in text]
     rows = [map(escaped, map(str, text)), sides, *text.map(escaped).to_numpy().tolist()]
     head = f"~~~{{table}} {caption}\n" + f":name: {name}\n" * bool(name) + ":class: sortable\n" * sortable
