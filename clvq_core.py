@@ -701,7 +701,6 @@ def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("te
     With a column split: train, and the first of ``tests`` that exists; without these two, only the first split.
     """
     import datasets
-
     location, _, configuration = name.partition(":")
     datasets.disable_progress_bars()
     with explain_failure(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
@@ -781,7 +780,7 @@ def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
 
 
 def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece of evidence, from a folder, tar or Hub.
+    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece; from a folder, tar or the Hub.
 
     Evaluation sentences come from validation with balanced classes, as in the authors' code (their 856 are not known).
     """
@@ -879,7 +878,6 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     split is stratified and depends on `data_seed` alone. Repeated texts are dropped, so that none is on both sides.
     """
     from sklearn.model_selection import train_test_split
-
     dataset, corpus = settings.dataset, read_corpus(settings)
     repeated = corpus["text"].duplicated()
     if "rationale" in corpus:                                                   # a sentence may have several
@@ -2629,16 +2627,15 @@ def top_words(word_counts: str, n: int = 5) -> str:
 
 
 def of_class(labels: pd.Series, purity: pd.Series) -> list[str]:
-    """Most frequent class and its share, as text; "–" for concepts that no training state has."""
+    """The most frequent class of each concept and its share, as text; "–" for an unused concept."""
     return [f"{label} {share:.0%}" if label else "–" for label, share in zip(labels, purity, strict=True)]
 
 
 def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
-    r"""How much more often a word is in a concept than in all others, by (concept, word), from how often each is seen.
+    """How specific each word is to each concept: z-scores of log-odds ratios, from counts by (concept, word).
 
-    z-scores of the log-odds ratio with a Dirichlet prior worth ``prior`` words (None: as many as there are), spread as
-    over all concepts together (Monroe et al. 2008, equations 16, 20 and 22). A small prior would take a rare word seen
-    once for specific. The scores rank words; `word_p_values` says whether a word is there by chance.
+    The Dirichlet prior is worth ``prior`` words (None: as many as there are), spread as over all concepts together
+    (Monroe et al. 2008, equations 16, 20 and 22); with a small prior, a rare word seen once passes for specific.
     """
     in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
     total = counts.sum()
@@ -2650,13 +2647,12 @@ def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
 
 
 def word_p_values(counts: pd.Series) -> pd.Series:
-    """p-values of each word in its concept, had words been dealt to concepts by size; ``counts`` as for `log_odds`.
+    """Whether chance explains how often each word is in its concept: p-values, if words fell to concepts by size.
 
-    One-sided: only words *more* frequent than elsewhere count. Corrected for all pairs of a concept and a word, those
-    never seen having p = 1 (Benjamini and Hochberg 1995): of the p-values below 0.05, some 5 % at most are chance.
+    ``counts`` as for `log_odds`. One-sided, for words more frequent than elsewhere. Corrected for all pairs of a
+    concept and a word, seen or not (Benjamini and Hochberg 1995): of those below 0.05, at most 5 % or so are chance.
     """
     from scipy.stats import binom, false_discovery_control
-
     in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
     pairs = math.prod(counts.index.unique(level).size for level in (0, 1))
     adjusted = false_discovery_control(binom.sf(counts - 1, in_all, size / counts.sum())) * pairs / len(counts)
@@ -2664,9 +2660,9 @@ def word_p_values(counts: pd.Series) -> pd.Series:
 
 
 def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int], n: int = 8) -> pd.DataFrame:
-    """The ``n`` most frequent and the ``n`` most specific words of these concepts, as clouds show them.
+    """The ``n`` most frequent and the ``n`` most specific words of each concept.
 
-    Columns: concept, word, times, share of the word's occurrences, specificity and adjusted p (`word_p_values`).
+    Columns: concept, word, times, share of the word's occurrences, specificity, adjusted p (`word_p_values`).
     """
     share = counts / counts.groupby(level=1).transform("sum")
     table = pd.DataFrame({"times": counts, "share of the word's occurrences": share, "specificity": specificity,
@@ -2683,11 +2679,10 @@ SUFFIXES = ("able", "ing", "ion", "est", "ful", "ous", "ive", "ers", "ed", "ly",
 
 
 def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """What can be seen of each word without a model, a row per row of ``tokens``; None for summaries.
+    """What can be seen of each word without a model, for each row of ``tokens``; None for summaries.
 
-    Columns: form (number, punctuation, UPPER, Title, lower, other), suffix (the first of `SUFFIXES` that a word of
-    letters has after three other letters or more), place (first, inside, last), sentiment (VADER, Hutto and Gilbert
-    2014) and class (of its sentence, from ``labels``).
+    Columns: form, suffix (of words of letters, after at least three others), place (first, inside or last), sentiment
+    (VADER, Hutto and Gilbert 2014), class (of the sentence, from ``labels``).
     """
     word, position = tokens["word"], tokens["position"]
     forms = {"number": word.map(lambda text: any(map(str.isdigit, text))),
@@ -2711,13 +2706,12 @@ def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
 
 def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, least: int = 5,
               seed: int = 0) -> dict[str, float]:
-    """How far concepts go along with labels of tokens (empty: no label), as in ConceptX (Sajjad et al. 2022).
+    """How far concepts agree with labels of tokens (empty: no label), as in ConceptX (Sajjad et al. 2022).
 
-    aligned: share of the concepts with ``least`` tokens or more of which ``share`` have one label; by_chance: the same
-    with labels shuffled over the tokens; ami: adjusted mutual information, 0 by chance, 1 for the same division.
+    aligned: the share of concepts of ``least`` tokens or more in which a ``share`` of the tokens has one label;
+    by_chance: the same with labels shuffled; ami: adjusted mutual information, 0 by chance, 1 for the same division.
     """
     from sklearn.metrics import adjusted_mutual_info_score
-
     labelled = labels.notna().to_numpy()
     code, label = codes.cpu().numpy()[labelled], labels[labelled].to_numpy(dtype=str)
 
@@ -2731,7 +2725,7 @@ def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, le
 
 
 def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: bool = False) -> str:
-    """A number with its interval: "0.123 (0.100 to 0.150)"; alone where it has no interval; "–" where it is missing."""
+    """A number with its interval, "0.123 (0.100 to 0.150)"; without one, the number alone; "–" for a missing number."""
     if math.isnan(mean):
         return "–"
     numbers = [f"{number:{'+' if sign else ''}.{digits}f}" for number in (mean, low, high)]
@@ -2740,22 +2734,22 @@ def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: b
 
 @dataclass(repr=False)
 class Explanation:
-    """A text's class and its words' concepts, by `Pipeline.explain`. Prints as text; shows as a card in notebooks."""
+    """A text's class and its words' concepts (`Pipeline.explain`); printed as text, shown as a card in notebooks."""
 
     text: str
     chances: dict[str, float]
-    """The probability that the language model gives each class, the highest first."""
+    """The language model's probability of each class, the highest first."""
     words: pd.DataFrame
-    """A row per word, in the text's order: word, salience, concept, concept_words, label and purity (class of most of
-    the concept's training states, their share), change (of the first class's probability without the concept)."""
+    """A row per word, in order: word, salience, concept, concept_words, label and purity (the class of most of the
+    concept's training states, their share), change (of the first class's probability without the concept)."""
     control: tuple[float, float, float]
-    """The same change for random concepts: mean, lowest, highest."""
+    """That change for random concepts: mean, lowest, highest."""
     examples: dict[int, list[str]]
-    """The training sentences nearest to each concept of the most salient words, the word in guillemets."""
+    """The training sentences nearest to the concepts of the most salient words, the word in guillemets."""
 
     @property
     def table(self) -> pd.DataFrame:
-        """The words whose concepts have examples, the most salient first, as text."""
+        """The words whose concepts have examples, the most salient first, all as text."""
         words = self.words[self.words["concept"].isin(list(self.examples))]
         words = words.sort_values("salience", ascending=False, kind="stable")
         return pd.DataFrame({
@@ -2781,8 +2775,8 @@ class Explanation:
     def _repr_html_(self) -> str:
         """A card in which nothing is markup but its own."""
         shades = self.words["salience"].clip(lower=0) / max(self.words["salience"].abs().max(), 1e-9)
-        style = "padding: 0 .15em; background: rgba(230, 120, 30, {:.2f})"
-        text = " ".join(f'<span style="{style.format(shade)}">{html.escape(word)}</span>'
+        style = "padding: 0 .15em; background: rgba(230, 120, 30"
+        text = " ".join(f'<span style="{style}, {shade:.2f})">{html.escape(word)}</span>'
                         for shade, word in zip(shades, self.words["word"], strict=True))
         chances = "".join(f'<div><meter max="1" value="{chance:.3f}"></meter> {chance:.3f} {html.escape(name)}</div>'
                           for name, chance in self.chances.items())
@@ -2796,7 +2790,7 @@ class Explanation:
 
 
 def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFrame:
-    """Which concept of one layer becomes which of another, for the same tokens: a row per pair, the most frequent first.
+    """Which concept of one layer becomes which of another for the same tokens: a row per pair, most frequent first.
 
     Columns: source, target, count, share (of the source's tokens), lift (share over the target's share of all tokens).
     """
@@ -2806,7 +2800,7 @@ def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFr
 
 
 def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[Any, str], Mapping[Any, str]]) -> None:
-    """Draw `transitions` as bands from left to right, as wide as they have tokens; ``names`` of sources and targets."""
+    """Draw `transitions` as bands from left to right whose width is their count; ``names`` of sources and targets."""
     starts = []                                                                 # where each band begins, on both sides
     for side, column, align in ((0, "source", "right"), (1, "target", "left")):
         by_concept = flow.groupby(column, sort=False)["count"]
@@ -2826,23 +2820,19 @@ def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[Any, str], Map
 
 
 def codebook_map(vectors: Float[Tensor, "K D"], seed: int = 42) -> Float[np.ndarray, "K 2"]:
-    """Codes in a plane, near ones near: t-SNE of their cosine distances (van der Maaten and Hinton 2008)."""
+    """Codes in the plane, similar ones close: t-SNE of cosine distances (van der Maaten and Hinton 2008)."""
     from sklearn.manifold import TSNE
-
-    perplexity = min(30.0, (len(vectors) - 1) / 3)
-    tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
+    tsne = TSNE(metric="cosine", init="random", perplexity=min(30.0, (len(vectors) - 1) / 3), random_state=seed)
     return tsne.fit_transform(vectors.cpu().double().numpy())
 
 
-PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")
-"""Colours that can be told apart on light and dark ground, by colour-blind people too: seaborn's "colorblind"."""
+PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")                   # seaborn's "colorblind"
 
 
 def cloud_font(words: Iterable[str]) -> str:
-    """The font that lacks the fewest characters of these words: DejaVu Sans, or a better one of this machine's."""
+    """The font that lacks the fewest characters of these words: DejaVu Sans, or a better one that is installed."""
     from matplotlib import font_manager, get_data_path
     from PIL import ImageFont
-
     needed = {ord(character) for character in "".join(words) if not character.isspace()}
 
     def lacking(path: str) -> int:
@@ -2857,9 +2847,8 @@ def cloud_font(words: Iterable[str]) -> str:
 
 
 def word_cloud(counts: Mapping[str, float], axes: Any, title: str = "") -> None:
-    """Draw a concept's words, sized by count, on transparent ground in colours for light and dark pages."""
+    """Draw a concept's words, sized by count, for light and dark pages."""
     from wordcloud import WordCloud
-
     cloud = WordCloud(font_path=cloud_font(counts), width=640, height=400, mode="RGBA", background_color=None, margin=6,
                       max_words=20, random_state=0, prefer_horizontal=1, min_font_size=14, relative_scaling=0.4,
                       color_func=lambda word, **_: PALETTE[int(hash_text(word)[:8], 16) % len(PALETTE)])
@@ -2869,10 +2858,9 @@ def word_cloud(counts: Mapping[str, float], axes: Any, title: str = "") -> None:
 
 
 def plot_style() -> None:
-    """Figures for light and dark pages: transparent ground, grey text, colour-blind palette."""
+    """Set figures for light and dark pages: transparent background, grey text, colour-blind palette."""
     import matplotlib as mpl
     import seaborn as sns
-
     sns.set_theme(style="ticks", palette="colorblind", font_scale=0.95)
     grey = ("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
     clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor", "legend.edgecolor")
@@ -2882,9 +2870,8 @@ def plot_style() -> None:
 
 
 def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 3, sortable: bool = False) -> None:
-    """Show a table in which nothing is markup; in the book with a name to refer to and columns to sort by."""
+    """Show a table, its cells as plain text; in the book with a ``name`` to refer to and columns to sort by."""
     from IPython.display import display
-
     def escaped(cell: str) -> str:
         return re.sub(r"([\\`*_{}\[\]<>$|~#&])", r"\\\1", cell.replace("\n", " "))
 
@@ -2902,10 +2889,9 @@ def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 
 
 
 def glue(**values: Any) -> None:
-    """Hand numbers and texts of a notebook to the book's other pages; does nothing where no book is made (Colab)."""
+    """Hand values of a notebook to the book's other pages; does nothing without myst_nb (as in Colab)."""
     with suppress(ImportError):
         from myst_nb import glue as hand_on
-
         for name, value in values.items():
             hand_on(name, value.item() if isinstance(value, np.generic) else value, display=False)
 
