@@ -3717,7 +3717,7 @@ def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1),
 def outcomes(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
     """TP, TN, FP or FN for two classes, the second being the positive one; otherwise right or wrong."""
     if n_classes == 2:
-        return np.where(predicted == 1, np.where(labels == 1, "TP", "FP"), np.where(labels == 1, "FN", "TN"))
+        return np.array([["TN", "FP"], ["FN", "TP"]])[labels, predicted]
     return np.where(labels == predicted, "right", "wrong")
 
 
@@ -3733,32 +3733,28 @@ def balanced_sample(kinds: np.ndarray, n: int, seed: int) -> np.ndarray:
     return np.sort(chosen)
 
 
-PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}
-"""The words of the cloud that raters try first."""
-
-
 def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentences: int = 19, seed: int = 42,
                n_words: int = 20) -> Path:
-    """The paper's human evaluation (section 4.3) as a folder, in which what raters may see is apart from what not.
+    """The paper's human evaluation (section 4.3) as a folder that keeps apart what raters may see and what not.
 
-    For each sentence, sampled evenly over TP, TN, FP and FN, and each method there is an item: the words of the
-    training text that have the concept of the sentence's most salient position, with their counts. Raters see
-    ``study.json`` (classes, and items under random names) and ``clouds/`` (an image per item). ``key.parquet`` has a
-    row per item: item, sentence, method, concept, predicted, label, outcome.
+    Sentences are sampled evenly over TP, TN, FP and FN. Each sentence and method make an item: the words in the
+    training text with the concept of the sentence's most salient position, and their counts. Raters see ``study.json``
+    (classes, items under random names) and ``clouds/`` (an image per item). ``key.parquet`` has a row per item: item,
+    sentence, method, concept, predicted, label, outcome.
     """
     compared, trial = pipeline.named(methods), pipeline.trial
     if wrong := [method.name for method in compared if method.reads != pipeline.layers[0]]:
-        raise ValueError(f"{wrong[0]} does not read the source layer, whose salient position the items are of")
+        raise ValueError(f"{wrong[0]} does not read the source layer, whose salient position the items are about")
     names, training = pipeline.label_names, pipeline.activations("train")
     labels, predicted = trial.labels.numpy(), trial.predicted.numpy()
     kinds = outcomes(labels, predicted, len(names))
     chosen, draw = balanced_sample(kinds, sentences, seed), np.random.default_rng([seed, 1])
-    rows, items, tokens = [], [], training.tokens[~training.tokens["is_summary"]]
+    rows, items, is_word = [], [], ~training.tokens["is_summary"].to_numpy()
     tags = [f"{tag:08x}" for tag in draw.choice(2**32, len(chosen) * len(compared), replace=False)]
     for method in compared:
         concepts = method.assign(trial.test.states[method.reads][trial.salient]).numpy()
-        word_states = training.states[method.reads][torch.from_numpy(tokens.index.to_numpy(copy=True))]
-        counts = tokens.groupby(method.assign(word_states).numpy())["word"].value_counts()
+        codes = method.assign(training.states[method.reads][torch.from_numpy(is_word)]).numpy()
+        counts = training.tokens[is_word].groupby(codes)["word"].value_counts()
         for group, sentence in enumerate(chosen):
             concept, tag = concepts[sentence], tags.pop()
             words = counts.loc[concept].head(n_words).to_dict() if concept in counts else {}
@@ -3766,16 +3762,18 @@ def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentenc
             rows.append({"item": tag, "sentence": sentence, "method": method.name, "concept": concept,
                          "outcome": kinds[sentence], "predicted": names[predicted[sentence]],
                          "label": names[labels[sentence]]})
-    items.sort(key=lambda item: str(item["id"]))                            # not by method
+    items.sort(key=lambda item: str(item["id"]))                                # not by method
     write_study(folder, names, seed, items, pd.DataFrame(rows))
     return folder
+
+
+PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}      # the cloud that raters try first
 
 
 def write_study(folder: Path, classes: Sequence[str], seed: int, items: Sequence[Mapping[str, Any]],
                 key: pd.DataFrame) -> None:
     """The files of a study; ``study.json`` last, so that a killed run leaves none that looks complete."""
     from matplotlib import pyplot as plt
-
     (folder / "clouds").mkdir(parents=True, exist_ok=True)
     for name, words in {"practice": PRACTICE, **{item["id"]: item["words"] for item in items}}.items():
         figure, axes = plt.subplots(figsize=(6.4, 4))
@@ -3807,25 +3805,45 @@ def study_answers(folder: Path) -> pd.DataFrame:
     return answers.merge(pd.read_parquet(folder / "key.parquet"), on="item", how="left", validate="many_to_one")
 
 
-def rater_measures(counts: Int[np.ndarray, "I C"], sums: Float[np.ndarray, "I 5"], predicted: Bool[np.ndarray, "I C"],
-                   outcome: Bool[np.ndarray, "I O"]) -> list[float]:
-    """`rater_agreement`'s figures for some items: how many answers of each class each has, and sums over its answers
-    (answers, their confidence, aligned ones, confident ones, confident aligned ones)."""
+def bootstrap_raters(answers: pd.DataFrame, draws: int, seed: int) -> tuple[pd.Series, pd.DataFrame]:
+    """`rater_agreement`'s figures for one method, and for each draw with replacement from its raters and its items."""
     import krippendorff
     from statsmodels.stats.inter_rater import fleiss_kappa
+    (rater, raters), (item, items) = (pd.factorize(answers[name], sort=True) for name in ("rater", "item"))
+    classes = sorted({*answers["answer"], *answers["predicted"]})
+    answer, predicted = (np.searchsorted(classes, answers[name]) for name in ("answer", "predicted"))
+    confidence, outcome = answers["confidence"].to_numpy(), answers["outcome"].to_numpy()
+    aligned, sure = answer == predicted, confidence > np.median(confidence)
 
-    n, confidence, aligned, n_sure, aligned_sure = sums.sum(0)
-    varied, complete = (counts.sum(0) > 0).sum() > 1, len(set(counts.sum(1))) == 1      # one class alone: no agreement
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return [fleiss_kappa(counts) if varied and complete else math.nan,
-                krippendorff.alpha(value_counts=counts, level_of_measurement="nominal") if varied else math.nan,
-                confidence / n, aligned / n, counts.sum(0) @ (sums[:, 0] @ predicted) / n**2,
-                aligned_sure / n_sure - (aligned - aligned_sure) / (n - n_sure),
-                *(sums[:, 2] @ outcome / (sums[:, 0] @ outcome))]
+    def figures(times: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+        """For the chosen items, if each rater answered so many times."""
+        counts = np.zeros((len(items), len(classes)), int)                      # answers of each class to each item
+        np.add.at(counts, (item, answer), times[rater])
+        counts = counts[chosen]
+        weights = times[rater] * np.bincount(chosen, minlength=len(items))[item]
+
+        def mean(values: np.ndarray, among: np.ndarray | bool = True) -> float:
+            return values @ (weights * among) / (weights * among).sum()
+
+        varied, complete = (counts.sum(0) > 0).sum() > 1, len(set(counts.sum(1))) == 1      # one class: no agreement
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {
+                "kappa": fleiss_kappa(counts) if varied and complete else math.nan,
+                "alpha": (krippendorff.alpha(value_counts=counts, level_of_measurement="nominal") if varied
+                          else math.nan),
+                "confidence": mean(confidence), "aligned": mean(aligned),
+                "by_chance": sum(mean(answer == k) * mean(predicted == k) for k in range(len(classes))),
+                "calibration": mean(aligned, sure) - mean(aligned, ~sure),
+                **{f"aligned {kind}": mean(aligned, outcome == kind) for kind in sorted(set(outcome))}}
+
+    draw, once = np.random.default_rng(seed), np.ones(len(raters), int)
+    drawn_items = draw.integers(0, len(items), (draws, len(items)))
+    drawn_raters = draw.multinomial(len(raters), once / len(raters), draws)
+    return pd.Series(figures(once, np.arange(len(items)))), pd.DataFrame(map(figures, drawn_raters, drawn_items))
 
 
 def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """How raters did, a row a method: items, raters, and the figures below with 95 % intervals (…_low and …_high).
+    """How raters did, a row per method: items, raters, and figures with 95 % intervals (…_low and …_high).
 
     kappa (Fleiss 1971; missing where items have different numbers of answers), alpha (Krippendorff, nominal),
     confidence (mean, 1 to 10), aligned (share of answers that equal the model's prediction; also within each outcome),
@@ -3833,50 +3851,22 @@ def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> 
     confident than the median, less that among the others).
 
     Intervals hold for other items *and* other raters: each of the ``draws`` resamples both (the crossed or "pigeonhole"
-    bootstrap, Owen 2007). A rater drawn twice agrees with themselves, which makes agreement too high in every draw, so
-    the draws are moved to have the estimate as their mean before their percentiles are taken.
+    bootstrap, Owen 2007). A rater who is drawn twice agrees with themselves, which raises agreement in every draw, so
+    the draws are shifted to have the estimate as their mean before their percentiles are taken.
     """
-    classes, kinds = sorted({*answers["answer"], *answers["predicted"]}), sorted(set(answers["outcome"]))
-    names = ["kappa", "alpha", "confidence", "aligned", "by_chance", "calibration"]
-    names += [f"aligned {kind}" for kind in kinds]
     rows = []
     for method, part in answers.groupby("method", sort=False):
-        estimate, drawn = bootstrap_raters(part, classes, kinds, draws, seed)
+        estimate, drawn = bootstrap_raters(part, draws, seed)
         low, high = (drawn + estimate - drawn.mean()).quantile([0.025, 0.975]).to_numpy()
-        row = {"method": method, "items": part["item"].nunique(), "raters": part["rater"].nunique()}
-        for name, *values in zip(names, estimate, low, high, strict=True):
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-        rows.append(row)
+        rows.append({"method": method, "items": part["item"].nunique(), "raters": part["rater"].nunique()})
+        for i, name in enumerate(drawn):
+            rows[-1] |= {name: estimate[name], f"{name}_low": low[i], f"{name}_high": high[i]}
     return pd.DataFrame(rows)
-
-
-def bootstrap_raters(answers: pd.DataFrame, classes: Sequence[str], kinds: Sequence[str], draws: int,
-                     seed: int) -> tuple[list[float], pd.DataFrame]:
-    """`rater_measures` of one method's answers, and of draws with replacement from its raters and its items."""
-    sure, aligned = answers["confidence"] > answers["confidence"].median(), answers["answer"] == answers["predicted"]
-    (rater, raters), (item, items) = (pd.factorize(answers[name], sort=True) for name in ("rater", "item"))
-    given = np.zeros((len(raters), len(items), len(classes)), int)
-    given[rater, item, np.searchsorted(classes, answers["answer"])] = 1                            # (R, I, C)
-    sums = np.zeros((len(raters), len(items), 5))
-    sums[rater, item] = np.column_stack([aligned | True, answers["confidence"], aligned, sure, aligned & sure])
-    key = answers.groupby("item")[["predicted", "outcome"]].first().to_numpy()
-    predicted, outcome = key[:, :1] == np.array(classes, object), key[:, 1:] == np.array(kinds, object)
-
-    def measures(times: np.ndarray, chosen: np.ndarray) -> list[float]:
-        """Of the chosen items, if each rater answered so many times."""
-        counts, totals = (np.tensordot(times, array, 1)[chosen] for array in (given, sums))
-        return rater_measures(counts, totals, predicted[chosen], outcome[chosen])
-
-    draw, everyone = np.random.default_rng(seed), np.ones(len(raters), int)
-    drawn_items = draw.integers(0, len(items), (draws, len(items)))
-    drawn_raters = draw.multinomial(len(raters), everyone / len(raters), draws)
-    estimate = measures(everyone, np.arange(len(items)))
-    return estimate, pd.DataFrame(map(measures, drawn_raters, drawn_items))
 
 
 def simulated_answers(folder: Path, texts: Sequence[str], labels: Sequence[str], raters: int = 14,
                       seed: int = 0) -> pd.DataFrame:
-    """What raters who do not exist answer to a study, as `study_answers`.
+    """Answers of simulated raters to a study, as from `study_answers`.
 
     Each is a logistic regression on the words of its own bootstrap sample of the training text. It sees only a cloud's
     words with their counts, answers with the likeliest class, and takes its probability for its confidence.
@@ -3884,7 +3874,6 @@ def simulated_answers(folder: Path, texts: Sequence[str], labels: Sequence[str],
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import normalize
-
     items = read_study(folder)["items"]
     vectorizer = CountVectorizer(analyzer=lambda words: [word.lower() for word in words], min_df=2)
     x = normalize(vectorizer.fit_transform([split_words(text) for text in texts]))
@@ -3893,12 +3882,11 @@ def simulated_answers(folder: Path, texts: Sequence[str], labels: Sequence[str],
     names, draw, parts = np.asarray(labels), np.random.default_rng(seed), []
     for rater in range(1, raters + 1):
         sample = draw.integers(0, len(names), len(names))
-        chances = LogisticRegression(max_iter=1000).fit(x[sample], names[sample]).predict_proba(seen)
-        classes = np.unique(names[sample])
-        sure = (chances.max(1) - 1 / len(classes)) / (1 - 1 / len(classes))
-        parts.append(pd.DataFrame({
-            "rater": rater, "item": [item["id"] for item in items], "answer": classes[chances.argmax(1)],
-            "confidence": 1 + np.round(9 * sure).astype(int)}))
+        model = LogisticRegression(max_iter=1000).fit(x[sample], names[sample])
+        chances, by_chance = model.predict_proba(seen), 1 / len(model.classes_)
+        confidence = 1 + np.round(9 * (chances.max(1) - by_chance) / (1 - by_chance)).astype(int)
+        parts.append(pd.DataFrame({"rater": rater, "item": [item["id"] for item in items],
+                                   "answer": model.classes_[chances.argmax(1)], "confidence": confidence}))
     key = pd.read_parquet(folder / "key.parquet")
     return pd.concat(parts, ignore_index=True).merge(key, on="item", validate="many_to_one")
 
@@ -3907,19 +3895,17 @@ def items_needed(answers: pd.DataFrame, methods: tuple[str, str], difference: fl
                  power: float = 0.8) -> int:
     """How many sentences, each answered by so many raters, show a difference in alignment between two methods.
 
-    For a paired comparison of sentences at 5 %; how much sentences differ among themselves, and raters within a
-    sentence, is taken from these answers.
+    For a comparison paired over sentences at the 5 % level; the variances between sentences, and between raters of one
+    sentence, are taken from these answers.
     """
     from scipy.stats import norm
-
     aligned = answers.assign(aligned=answers["answer"] == answers["predicted"])
     cells = aligned[aligned["method"].isin(methods)].groupby(["sentence", "method"])["aligned"]
     table = cells.agg(["mean", "var", "size"]).unstack()
     gap = table["mean"][methods[0]] - table["mean"][methods[1]]
     within = sum((table["var"][method] / table["size"][method]).mean() for method in methods)
-    between = max(0.0, gap.var() - within)
-    spread = between + sum(table["var"][method].mean() for method in methods) / raters
-    return math.ceil(spread * ((norm.ppf(0.975) + norm.ppf(power)) / difference) ** 2)
+    variance = max(0.0, gap.var() - within) + sum(table["var"][method].mean() for method in methods) / raters
+    return math.ceil(variance * ((norm.ppf(0.975) + norm.ppf(power)) / difference) ** 2)
 
 
 # ======================================================================================================================
