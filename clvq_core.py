@@ -2602,7 +2602,7 @@ def concept_table(tokens: pd.DataFrame, codes: Int[Tensor, "N"], texts: Sequence
     different sentences, the word in guillemets).
     """
     table = tokens.assign(concept=codes.cpu().numpy(), label=np.asarray(labels)[tokens["sentence"]])
-    concepts, by_concept = pd.RangeIndex(n_codes), table.groupby("concept")
+    concepts, by_concept = range(n_codes), table.groupby("concept")
     size = by_concept.size().reindex(concepts, fill_value=0)
     by_label = pd.crosstab(table["concept"], table["label"]).reindex(concepts, fill_value=0)
     words = {k: counts.droplevel(0).to_dict() for k, counts in by_concept["word"].value_counts().groupby(level=0)}
@@ -2667,12 +2667,9 @@ def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int
     share = counts / counts.groupby(level=1).transform("sum")
     table = pd.DataFrame({"times": counts, "share of the word's occurrences": share, "specificity": specificity,
                           "adjusted p": word_p_values(counts)})
-    parts = {}
-    for concept in concepts:
-        words = table.loc[concept]
-        parts[f"#{concept}"] = pd.concat([words.nlargest(n, "times"), words.nlargest(n, "specificity")])
-    shown = pd.concat(parts, names=["concept", "word"])
-    return shown[~shown.index.duplicated()].reset_index()
+    parts = [table.loc[[concept]].nlargest(n, column) for concept in concepts for column in ("times", "specificity")]
+    shown = pd.concat(parts).reset_index(names=["concept", "word"]).drop_duplicates(ignore_index=True)
+    return shown.assign(concept=shown["concept"].map("#{}".format))
 
 
 SUFFIXES = ("able", "ing", "ion", "est", "ful", "ous", "ive", "ers", "ed", "ly", "er", "al", "s")
@@ -3805,7 +3802,7 @@ def study_answers(folder: Path) -> pd.DataFrame:
     return answers.merge(pd.read_parquet(folder / "key.parquet"), on="item", how="left", validate="many_to_one")
 
 
-def bootstrap_raters(answers: pd.DataFrame, draws: int, seed: int) -> tuple[pd.Series, pd.DataFrame]:
+def bootstrap_raters(answers: pd.DataFrame, draws: int, seed: int) -> tuple[dict[str, float], pd.DataFrame]:
     """`rater_agreement`'s figures for one method, and for each draw with replacement from its raters and its items."""
     import krippendorff
     from statsmodels.stats.inter_rater import fleiss_kappa
@@ -3839,7 +3836,7 @@ def bootstrap_raters(answers: pd.DataFrame, draws: int, seed: int) -> tuple[pd.S
     draw, once = np.random.default_rng(seed), np.ones(len(raters), int)
     drawn_items = draw.integers(0, len(items), (draws, len(items)))
     drawn_raters = draw.multinomial(len(raters), once / len(raters), draws)
-    return pd.Series(figures(once, np.arange(len(items)))), pd.DataFrame(map(figures, drawn_raters, drawn_items))
+    return figures(once, np.arange(len(items))), pd.DataFrame(map(figures, drawn_raters, drawn_items))
 
 
 def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -3857,10 +3854,10 @@ def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> 
     rows = []
     for method, part in answers.groupby("method", sort=False):
         estimate, drawn = bootstrap_raters(part, draws, seed)
-        low, high = (drawn + estimate - drawn.mean()).quantile([0.025, 0.975]).to_numpy()
+        low, high = (drawn + pd.Series(estimate) - drawn.mean()).quantile([0.025, 0.975]).to_numpy()
         rows.append({"method": method, "items": part["item"].nunique(), "raters": part["rater"].nunique()})
-        for i, name in enumerate(drawn):
-            rows[-1] |= {name: estimate[name], f"{name}_low": low[i], f"{name}_high": high[i]}
+        for i, (name, figure) in enumerate(estimate.items()):
+            rows[-1] |= {name: figure, f"{name}_low": low[i], f"{name}_high": high[i]}
     return pd.DataFrame(rows)
 
 
