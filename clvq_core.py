@@ -696,10 +696,8 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation")) -> pd.DataFrame:
-    """A data set from a folder or the Hub (``owner/name`` or ``owner/name:configuration``), classes by their names.
-
-    With a column split: train, and the first of ``tests`` that exists; without these two, only the first split.
-    """
+    """A data set from a folder or the Hub (``owner/name`` or ``owner/name:configuration``), classes by their names: train
+    and the first of ``tests`` that exists, with a column split; without these two, the first split alone."""
     import datasets
     location, _, configuration = name.partition(":")
     datasets.disable_progress_bars()
@@ -780,10 +778,8 @@ def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
 
 
 def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece; from a folder, tar or the Hub.
-
-    Evaluation sentences come from validation with balanced classes, as in the authors' code (their 856 are not known).
-    """
+    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece, from a folder, tar or the Hub; those for
+    evaluation are from validation, classes balanced, as in the authors' code (their 856 are not known)."""
     with tempfile.TemporaryDirectory() as unpacked:
         folder = path
         if path and not path.is_dir():
@@ -801,10 +797,8 @@ def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
 
 
 def read_jigsaw(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Toxic and other comments, with columns for the kinds of toxicity, from Kaggle's train.csv (Jigsaw 2018).
-
-    9,000 to train on and 784 to evaluate, classes balanced, as in the paper; or as a column split says.
-    """
+    """Toxic and other comments, and the kinds of toxicity, from Kaggle's train.csv (Jigsaw 2018): 9,000 to train on and
+    784 to evaluate, classes balanced, as in the paper; or as a column split says."""
     if path is None:
         raise ValueError("Kaggle gives Jigsaw to registered users only: download its train.csv and choose jigsaw:PATH")
     table = read_table(path)
@@ -2597,9 +2591,8 @@ def concept_table(tokens: pd.DataFrame, codes: Int[Tensor, "N"], texts: Sequence
                   label_names: Sequence[str], n_codes: int, n_words: int = 10, n_examples: int = 3) -> pd.DataFrame:
     """What each code stands for: a row per concept, unused ones too, the largest first.
 
-    ``tokens`` and ``codes`` come from one pass in evaluation mode. Columns: concept, size, words (each with its count),
-    word_counts (all, as JSON), label (of most of its positions), purity (their share), summary_share, examples (of
-    different sentences, the word in guillemets).
+    Columns: concept, size, words (the most frequent, with counts), word_counts (all, as JSON), label (of most of its
+    positions), purity (their share), summary_share, examples (of different sentences, the word in guillemets).
     """
     table = tokens.assign(concept=codes.cpu().numpy(), label=np.asarray(labels)[tokens["sentence"]])
     concepts, by_concept = range(n_codes), table.groupby("concept")
@@ -2660,10 +2653,8 @@ def word_p_values(counts: pd.Series) -> pd.Series:
 
 
 def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int], n: int = 8) -> pd.DataFrame:
-    """The ``n`` most frequent and the ``n`` most specific words of each concept.
-
-    Columns: concept, word, times, share of the word's occurrences, specificity, adjusted p (`word_p_values`).
-    """
+    """The ``n`` most frequent and the ``n`` most specific words of each concept: concept, word, times, share of the
+    word's occurrences, specificity, adjusted p (`word_p_values`)."""
     share = counts / counts.groupby(level=1).transform("sum")
     table = pd.DataFrame({"times": counts, "share of the word's occurrences": share, "specificity": specificity,
                           "adjusted p": word_p_values(counts)})
@@ -2676,11 +2667,8 @@ SUFFIXES = ("able", "ing", "ion", "est", "ful", "ous", "ive", "ers", "ed", "ly",
 
 
 def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """What can be seen of each word without a model, for each row of ``tokens``; None for summaries.
-
-    Columns: form, suffix (of words of letters, after at least three others), place (first, inside or last), sentiment
-    (VADER, Hutto and Gilbert 2014), class (of the sentence, from ``labels``).
-    """
+    """What can be seen of each word without a model, None for summaries: form, suffix (after three letters or more),
+    place (first, inside, last), sentiment (VADER, Hutto and Gilbert 2014), class (of its sentence, from ``labels``)."""
     word, position = tokens["word"], tokens["position"]
     forms = {"number": word.map(lambda text: any(map(str.isdigit, text))),
              "punctuation": ~word.map(lambda text: any(map(str.isalpha, text))),
@@ -2787,10 +2775,8 @@ class Explanation:
 
 
 def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFrame:
-    """Which concept of one layer becomes which of another for the same tokens: a row per pair, most frequent first.
-
-    Columns: source, target, count, share (of the source's tokens), lift (share over the target's share of all tokens).
-    """
+    """Which concept of one layer becomes which of another for the same tokens, the most frequent pairs first: source,
+    target, count, share (of the source's tokens), lift (share over the target's share of all tokens)."""
     table = pd.DataFrame({"source": source.cpu().numpy(), "target": target.cpu().numpy()}).value_counts().reset_index()
     of_source, of_target = (table.groupby(side)["count"].transform("sum") for side in ("source", "target"))
     return table.assign(share=table["count"] / of_source, lift=table["count"] * len(source) / (of_source * of_target))
@@ -3734,10 +3720,9 @@ def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentenc
                n_words: int = 20) -> Path:
     """The paper's human evaluation (section 4.3) as a folder that keeps apart what raters may see and what not.
 
-    Sentences are sampled evenly over TP, TN, FP and FN. Each sentence and method make an item: the words in the
-    training text with the concept of the sentence's most salient position, and their counts. Raters see ``study.json``
-    (classes, items under random names) and ``clouds/`` (an image per item). ``key.parquet`` has a row per item: item,
-    sentence, method, concept, predicted, label, outcome.
+    Each sentence, sampled evenly over TP, TN, FP and FN, and each method make an item: the words in the training text
+    with the concept of the sentence's most salient position, and their counts. Raters see ``study.json`` (`read_study`)
+    and ``clouds/``, an image per item. ``key.parquet``: item, sentence, method, concept, predicted, label, outcome.
     """
     compared, trial = pipeline.named(methods), pipeline.trial
     if wrong := [method.name for method in compared if method.reads != pipeline.layers[0]]:
@@ -3769,7 +3754,7 @@ PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}      
 
 def write_study(folder: Path, classes: Sequence[str], seed: int, items: Sequence[Mapping[str, Any]],
                 key: pd.DataFrame) -> None:
-    """The files of a study; ``study.json`` last, so that a killed run leaves none that looks complete."""
+    """Write a study, ``study.json`` last, so that a killed run leaves none that looks complete."""
     from matplotlib import pyplot as plt
     (folder / "clouds").mkdir(parents=True, exist_ok=True)
     for name, words in {"practice": PRACTICE, **{item["id"]: item["words"] for item in items}}.items():
@@ -3787,12 +3772,12 @@ def write_study(folder: Path, classes: Sequence[str], seed: int, items: Sequence
 def read_study(folder: Path) -> dict[str, Any]:
     """What raters may see of a study: classes, seed, practice, items (id, group, words). ValueError without one."""
     if not (folder / "study.json").exists():
-        raise ValueError(f"{folder} is no study: it has no study.json (make_study or clvq annotate makes one)")
+        raise ValueError(f"{folder} is no study: it has no study.json (make_study or clvq annotate writes one)")
     return json.loads((folder / "study.json").read_text("utf8"))
 
 
 def study_answers(folder: Path) -> pd.DataFrame:
-    """All answers to a study, a row each: rater (a number), item, answer, confidence, and the key's columns."""
+    """All answers to a study: rater (a number), item, answer, confidence, and the key's columns."""
     read_study(folder)
     answers = pd.DataFrame(columns=["rater", "item", "answer", "confidence"])
     if (path := folder / "answers.sqlite").exists():
@@ -3840,16 +3825,14 @@ def bootstrap_raters(answers: pd.DataFrame, draws: int, seed: int) -> tuple[dict
 
 
 def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """How raters did, a row per method: items, raters, and figures with 95 % intervals (…_low and …_high).
+    """How raters did, a row per method: items, raters, and these figures with 95 % intervals (…_low and …_high).
 
     kappa (Fleiss 1971; missing where items have different numbers of answers), alpha (Krippendorff, nominal),
     confidence (mean, 1 to 10), aligned (share of answers that equal the model's prediction; also within each outcome),
-    by_chance (aligned, if answers had nothing to do with their items) and calibration (aligned among answers more
-    confident than the median, less that among the others).
-
-    Intervals hold for other items *and* other raters: each of the ``draws`` resamples both (the crossed or "pigeonhole"
-    bootstrap, Owen 2007). A rater who is drawn twice agrees with themselves, which raises agreement in every draw, so
-    the draws are shifted to have the estimate as their mean before their percentiles are taken.
+    by_chance (aligned, if answers had nothing to do with their items), calibration (aligned among answers more
+    confident than the median, less that among the others). Intervals hold for other items *and* raters: each of the
+    ``draws`` resamples both (Owen 2007, the "pigeonhole" bootstrap). A rater who is drawn twice agrees with themselves,
+    which raises agreement, so the draws are shifted to have the estimate as their mean.
     """
     rows = []
     for method, part in answers.groupby("method", sort=False):
@@ -3865,8 +3848,8 @@ def simulated_answers(folder: Path, texts: Sequence[str], labels: Sequence[str],
                       seed: int = 0) -> pd.DataFrame:
     """Answers of simulated raters to a study, as from `study_answers`.
 
-    Each is a logistic regression on the words of its own bootstrap sample of the training text. It sees only a cloud's
-    words with their counts, answers with the likeliest class, and takes its probability for its confidence.
+    Each is a logistic regression on the words of its own bootstrap sample of the training text, which sees a cloud's
+    words with their counts, answers with the likeliest class and is as confident as this is likely.
     """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -3890,11 +3873,8 @@ def simulated_answers(folder: Path, texts: Sequence[str], labels: Sequence[str],
 
 def items_needed(answers: pd.DataFrame, methods: tuple[str, str], difference: float, raters: int,
                  power: float = 0.8) -> int:
-    """How many sentences, each answered by so many raters, show a difference in alignment between two methods.
-
-    For a comparison paired over sentences at the 5 % level; the variances between sentences, and between raters of one
-    sentence, are taken from these answers.
-    """
+    """How many sentences, each answered by so many raters, show a difference in alignment between two methods: paired
+    over sentences, at the 5 % level, with the variances of these answers between sentences and within them."""
     from scipy.stats import norm
     aligned = answers.assign(aligned=answers["answer"] == answers["predicted"])
     cells = aligned[aligned["method"].isin(methods)].groupby(["sentence", "method"])["aligned"]
