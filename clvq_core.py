@@ -696,8 +696,8 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation")) -> pd.DataFrame:
-    """A data set from a folder or the Hub (``owner/name`` or ``owner/name:configuration``), classes by their names: train
-    and the first of ``tests`` that exists, with a column split; without these two, the first split alone."""
+    """A data set from a folder or the Hub (``owner/name`` or ``owner/name:configuration``), classes by their names:
+    train and the first of ``tests`` that exists, with a column split; without these two, the first split alone."""
     import datasets
     location, _, configuration = name.partition(":")
     datasets.disable_progress_bars()
@@ -778,8 +778,8 @@ def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
 
 
 def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece, from a folder, tar or the Hub; those for
-    evaluation are from validation, classes balanced, as in the authors' code (their 856 are not known)."""
+    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece, from a folder, tar or the Hub; those
+    for evaluation are from validation, classes balanced, as in the authors' code (their 856 are not known)."""
     with tempfile.TemporaryDirectory() as unpacked:
         folder = path
         if path and not path.is_dir():
