@@ -784,9 +784,9 @@ def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
         folder = path
         if path and not path.is_dir():
             folder = Path(unpacked)
-            with explain_failure(f"{path} is neither a folder nor a tar of ERASER movies", OSError, tarfile.TarError):
-                with tarfile.open(path) as archive:
-                    archive.extractall(folder, filter="data")
+            with (explain_failure(f"{path} is neither a folder nor a tar of ERASER movies", OSError, tarfile.TarError),
+                  tarfile.open(path) as archive):
+                archive.extractall(folder, filter="data")
         malformed = (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError)
         with explain_failure(f"{path} is not in ERASER's format", *malformed):
             rows = list(eraser_folder(folder) if folder else eraser_hub())
