@@ -179,7 +179,7 @@ def test_dropout_acts_in_training_and_not_in_scoring():
     h, labels = noisy_data()
     config = probe_settings(folds=4, probe_dropout=0.5, probe_epochs=5)
     folds = clvq.make_folds(labels.numpy(), config)
-    with_dropout, without = (clvq.train_probes(h[None], labels, folds, replace(config, probe_dropout=p)) for p in (0.5, 0.0))
+    with_dropout, without = (clvq.train_probes(h[None], labels, folds, config.replace(probe_dropout=p)) for p in (0.5, 0.0))
     assert not torch.allclose(with_dropout.weight1, without.weight1, atol=1e-4)
     for fold, held in enumerate(folds.held):
         w1, b1, w2, b2 = (p[fold] for p in with_dropout)
@@ -192,7 +192,7 @@ def test_probes_depend_on_the_seed_alone_and_the_global_state_stays():
     config = probe_settings(folds=3, probe_epochs=3)
     folds = clvq.make_folds(labels.numpy(), config)
     before = torch.random.get_rng_state()
-    first, again, other = (clvq.train_probes(h[None], labels, folds, replace(config, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (clvq.train_probes(h[None], labels, folds, config.replace(seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
 

@@ -626,7 +626,7 @@ def test_results_in_the_model_go_through_the_same_summary(inside):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_a_gpu_the_model_answers_as_on_the_cpu_and_tables_are_on_the_cpu(inside):
     trial, lm, config = inside
-    config = replace(config, inference_precision="float32")
+    config = config.replace(inference_precision="float32")
     method = replace(code_method(inside, 4), centre=trial.centre(4).word)
     controls = ("matched norm", "gaussian", "random code", "random code, equal norm", "other class")
     tokens = trial.tokens.assign(concept=method.assign(trial.test.states[4]).numpy())
