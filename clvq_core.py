@@ -60,6 +60,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, Typ
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
@@ -2971,27 +2972,25 @@ class Interval(NamedTuple):
 
 
 def interval(statistics: Float[np.ndarray, "G R"]) -> Interval:
-    """The mean of a statistic over G trainings (seeds), with an interval that covers seeds and sentences.
+    """The mean of a statistic over G trainings (seeds), with an interval over sentences, seeds or both.
 
-    A row is a training: the statistic over all sentences, then over the same `resamples` of them in every row; without
-    resamples the interval covers seeds alone. For one training it is the percentile bootstrap's. For several, the
-    variances over resamples and over trainings add up, for Student's t with Satterthwaite's (1946) degrees of freedom:
-    with 3 seeds it covers the truth in 92-96 % of simulations, the percentile bootstrap over both in 74-96 %.
+    A row is a training: the statistic over all sentences, then over `resamples` of them, if any. One training: the
+    percentile bootstrap. Several: the variances over resamples and trainings add up, for Student's t with
+    Satterthwaite's (1946) degrees of freedom; with 3 seeds it covers 92-96 % of simulated truths, the percentile
+    bootstrap over both 74-96 %.
     """
-    from scipy.stats import t
-
     statistics = np.atleast_2d(statistics)
     trainings, value, resampled = len(statistics), statistics[:, 0].mean(), statistics[:, 1:].mean(0)
     over_sentences = resampled.var() if len(resampled) > 1 else math.nan
     over_seeds = statistics[:, 0].var(ddof=1) / trainings if trainings > 1 else math.nan
-    variance = np.nansum([over_sentences, over_seeds])
     covers = [name for name, part in (("sentences", over_sentences), ("seeds", over_seeds)) if not math.isnan(part)]
     if not covers:
         return Interval(value, math.nan, math.nan, math.nan, "")
+    variance = np.nansum([over_sentences, over_seeds])
     freedom = (trainings - 1) * (variance / over_seeds) ** 2 if over_seeds > 0 else math.inf
-    margin = t.ppf(0.975, freedom) * math.sqrt(variance)
+    margin = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(variance)
     low, high = np.quantile(resampled, [0.025, 0.975]) if trainings == 1 else (value - margin, value + margin)
-    p = 2 * t.sf(abs(value) / math.sqrt(variance), freedom) if variance else float(value == 0)
+    p = 2 * scipy.stats.t.sf(abs(value) / math.sqrt(variance), freedom) if variance else float(value == 0)
     return Interval(value, low, high, p, " and ".join(covers))
 
 
@@ -3008,8 +3007,7 @@ def mean_interval(values: Float[np.ndarray, "G S"], config: ProbeSettings) -> In
 
 
 def adjust_p_values(p: Float[np.ndarray, "n"], method: Literal["holm", "fdr_bh"] = "holm") -> Float[np.ndarray, "n"]:
-    """P-values adjusted for their number by Holm (chance of any false finding) or Benjamini-Hochberg (share of findings
-    that are false). Missing ones stay missing and do not count."""
+    """P-values adjusted for their number, by Holm or Benjamini-Hochberg. Missing ones stay missing and do not count."""
     from statsmodels.stats.multitest import multipletests
 
     adjusted = np.array(p, dtype=float)
@@ -3020,8 +3018,8 @@ def adjust_p_values(p: Float[np.ndarray, "n"], method: Literal["holm", "fdr_bh"]
 
 
 def seed_means(results: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """Means over seeds of each metric at the end of training, a row per combination of ``by`` in order of appearance:
-    95 % intervals by Student's t (columns …_low and …_high, missing for one seed), number of seeds."""
+    """Means over seeds of each metric at the end of training, a row per combination of ``by``: with columns …_low and
+    …_high (95 % `interval`, missing for one seed) and seeds, their number."""
     end, rows = results[results["epoch"].isna() & results["metric"].isin(list(metrics))], []
     for key, part in end.groupby(list(by), sort=False, dropna=False):
         values = part.pivot_table(index="run", columns="metric", values="value")
@@ -3034,8 +3032,8 @@ def seed_means(results: pd.DataFrame, by: Sequence[str], metrics: Sequence[str])
 
 def interval_cells(table: pd.DataFrame, name: str, digits: int = 3, sign: bool = False) -> list[str]:
     """`interval_text` of a column and its …_low and …_high, row by row."""
-    rows = table[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
-    return [interval_text(*row, digits=digits, sign=sign) for row in rows]
+    numbers = table[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)
+    return [interval_text(mean, low, high, digits, sign) for mean, low, high in numbers]
 
 
 def means_text(table: pd.DataFrame, metrics: Mapping[str, str], digits: int = 3) -> pd.DataFrame:
@@ -3045,13 +3043,9 @@ def means_text(table: pd.DataFrame, metrics: Mapping[str, str], digits: int = 3)
 
 
 def smallest_difference(deviation: float, sentences: int, power: float = 0.8, level: float = 0.05) -> float:
-    """The smallest true difference in accuracy between two removals that a paired two-sided test finds with this power.
-
-    ``deviation``: standard deviation over sentences of the difference (1, 0 or -1 a sentence). Normal approximation.
-    """
-    from scipy.stats import norm
-
-    return float((norm.ppf(1 - level / 2) + norm.ppf(power)) * deviation / math.sqrt(sentences))
+    """The smallest true difference in accuracy between two removals that a paired two-sided test finds with this power,
+    from the standard deviation over sentences of the difference (1, 0 or -1 each). Normal approximation."""
+    return float(scipy.stats.norm.ppf([1 - level / 2, power]).sum() * deviation / math.sqrt(sentences))
 
 
 def auc(chance: Float[np.ndarray, "S"], positive: Bool[np.ndarray, "S"],
@@ -3109,35 +3103,30 @@ def make_folds(labels: np.ndarray, config: ProbeSettings) -> Folds:
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
     check_folds(labels, config)
-    folds, splitter = Folds([], [], []), StratifiedKFold(config.folds, shuffle=True, random_state=config.seed)
+    folds, splitter = [], StratifiedKFold(config.folds, shuffle=True, random_state=config.seed)
     for fold, (kept, held) in enumerate(splitter.split(labels, labels)):
         watched = held
         if config.probe_stopping == "inner":
             kept, watched = train_test_split(kept, test_size=config.probe_validation, stratify=labels[kept],
                                              random_state=config.seed + fold)
-        for part, sentences in zip(folds, (held, kept, watched), strict=True):
-            part.append(sentences)
-    return folds
+        folds.append((held, kept, watched))
+    return Folds(*map(list, zip(*folds, strict=True)))
 
 
 def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Folds, config: ProbeSettings) -> Probes:
     """The probes of all folds for each of G sets of states of the same sentences, one batched product per layer.
 
-    The same as one after another: losses add up, so gradients and Adam's steps stay apart, and each probe has its own
-    patience. Sets share starts, batches and dropout, and so differ in their states alone. Folds train on as many
-    sentences as the smallest has, drawn anew each epoch. The weights with the best watched loss are restored; with
-    ``probe_stopping="test"`` the last ones are kept. Probes that are done leave the products.
+    As if trained one by one: losses add up, so gradients and Adam's steps stay apart, and each probe has its own
+    patience; those that are done leave the products. Sets share starts, batches and dropout. Every fold trains on as
+    many sentences as the smallest has, drawn anew each epoch. Kept are the weights of the best watched loss, with
+    ``probe_stopping="test"`` the last ones.
     """
     generator = torch.Generator().manual_seed(config.seed)
     n_folds, width, hidden, classes = len(folds.held), h.shape[2], config.probe_hidden, int(labels.max()) + 1
-
-    def uniform(*shape: int, fan_in: int) -> Tensor:                                        # nn.Linear's start
-        start = (torch.rand(n_folds, *shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
-        return start.repeat(len(h), 1, 1).requires_grad_()
-
-    probes = Probes(uniform(width, hidden, fan_in=width), uniform(1, hidden, fan_in=width),
-                    uniform(hidden, classes, fan_in=hidden), uniform(1, classes, fan_in=hidden))
-    final = Probes(*(p.detach().clone() for p in probes))
+    starts = [(torch.rand(n_folds, *shape, generator=generator) * 2 - 1) / math.sqrt(inputs) for inputs, *shape in
+              ((width, width, hidden), (width, 1, hidden), (hidden, hidden, classes), (hidden, 1, classes))]
+    final = Probes(*(start.repeat(len(h), 1, 1) for start in starts))                       # as nn.Linear starts
+    probes = Probes(*(p.clone().requires_grad_() for p in final))
     optimizer = torch.optim.Adam(probes, lr=config.probe_learning_rate, fused=True)
     n, n_watched = min(map(len, folds.kept)), max(map(len, folds.watched))
     watched = torch.stack([torch.from_numpy(np.resize(rows, n_watched)) for rows in folds.watched])         # (F, n')
@@ -3242,14 +3231,11 @@ def remove_spans(h: Float[Tensor, "S D"], vectors: Float[Tensor, "S n D"],
 
 
 class Centres(NamedTuple):
-    """Means and directions of a layer's training states."""
+    """Mean and first principal component of a layer's training states at summaries, and their mean at words."""
 
     summary: Float[Tensor, "D"]
-    """The mean of the summaries."""
     component: Float[Tensor, "D"]
-    """Their first principal component."""
     word: Float[Tensor, "D"]
-    """The mean of the words."""
 
     @classmethod
     def of(cls, acts: Activations, layer: int) -> Centres:
@@ -3261,9 +3247,9 @@ class Centres(NamedTuple):
 class Trial:
     """The evaluation sentences, and what all tests of this section share: folds, probes, means, salient words.
 
-    ``tokens`` are the rows of ``test`` with a column salience; ``predicted`` is the language model's class for each
-    sentence. ``centre`` and ``probes`` give the `Centres` of a layer's training states, and the probes of all folds for
-    its evaluation states as they are. All tensors are on the CPU.
+    ``tokens`` are the rows of ``test`` with a column salience; ``predicted`` is the language model's class of each
+    sentence. By layer, ``centre`` gives the `Centres`, and ``probes`` those of all folds, trained on the states as they
+    are. ``ranked`` are the rows of each sentence by falling salience, then -1. All tensors are on the CPU.
     """
 
     def __init__(self, train: Activations, test: Activations, tokens: pd.DataFrame, labels: Int[Tensor, "S"],
@@ -3274,11 +3260,10 @@ class Trial:
         self.fold = np.empty(len(labels), dtype=int)
         for i, rows in enumerate(self.folds.held):
             self.fold[rows] = i
-        ranked = tokens.sort_values(["sentence", "salience"], ascending=[True, False], kind="stable")
-        rank = ranked.groupby("sentence").cumcount().to_numpy()
-        self.ranked = np.full((len(labels), rank.max() + 1), -1)                    # rows by falling salience, then -1
-        self.ranked[ranked["sentence"], rank] = ranked.index
-        self.salient = torch.from_numpy(self.ranked[:, 0].copy())
+        ranked = tokens.sort_values("salience", ascending=False, kind="stable").groupby("sentence").groups.values()
+        rows_of = [torch.tensor(rows.to_numpy()) for rows in ranked]
+        self.ranked = nn.utils.rnn.pad_sequence(rows_of, batch_first=True, padding_value=-1)        # (S, T)
+        self.salient = self.ranked[:, 0]
         self.words = torch.from_numpy(np.flatnonzero(~tokens["is_summary"]))
         self.centre: Callable[[int], Centres] = cache(lambda layer: Centres.of(train, layer))
         self.probes: Callable[[int], Probes] = cache(
@@ -3342,22 +3327,23 @@ class Trial:
 
     def variants(self, method: Any,
                  ways: Sequence[Way] = get_args(Way)) -> dict[tuple[str, str], Float[Tensor, "S D"]]:
-        """Changed summary states, by what is removed (`removals`, `remove_each`) and how. Left out where they say
+        """Summary states by what is removed (nothing, `removals`, `remove_each`) and how. Left out where they say
         nothing: the mean around itself, and subtraction of directions without a length."""
         h, mean, removals = self.summaries(method.layer), self.centre(method.layer).summary, self.removals(method)
         noise = torch.randn(h.shape, generator=self.draw("matched norm"))
         silent = {"centred": ("mean",), "subtraction": ("mean", "gaussian", "first component")}
-        return {(name, way): x for way in ways for name, x in remove_each(h, removals, way, mean, noise).items()
-                if name not in silent.get(way, ())}
+        out = {("nothing", "none"): h}
+        for way in ways:
+            changed = remove_each(h, removals, way, mean, noise)
+            out |= {(name, way): x for name, x in changed.items() if name not in silent.get(way, ())}
+        return out
 
     def results(self, method: Any, variants: Mapping[tuple[Any, ...], Float[Tensor, "S D"]], names: Sequence[str],
                 probes: Probes | None = None, probe: str = "frozen") -> pd.DataFrame:
-        """A row per sentence and variant, whose key goes into the columns ``names``.
-
-        Also: method, layer, probe, seed, sentence, fold, label, predicted, correct, flipped (another answer than the
-        frozen probe's to the state as it is), share (of the state's squared norm that is gone), distance (what is gone,
-        squared, in mean squared distances of the states from their mean), p0, p1, … (probabilities).
-        """
+        """A row per sentence and variant: method, layer, the variant's key in columns ``names``, probe, seed, sentence,
+        fold, label, predicted, correct, flipped (another answer than the frozen probe's to the state as it is), share
+        (of the state's squared norm that is gone), distance (what is gone, squared, in mean squared distances of the
+        states from their mean), p0, p1, … (probabilities)."""
         h, mean = self.summaries(method.layer), self.centre(method.layer).summary
         x = torch.stack(list(variants.values()))                                                    # (V, S, D)
         chances = score(probes or self.probes(method.layer), x, self.folds).exp()
@@ -3378,14 +3364,9 @@ class Trial:
 
 def faithfulness(methods: Sequence[Any], trial: Trial) -> pd.DataFrame:
     """Section 4.1 and the control panel: is a class harder to read off the summary states once a concept is taken out?
-
-    `Trial.results` of each method's states as they are (removed "nothing") and of `Trial.variants`.
-    """
-    parts = []
-    for method in tqdm(methods, desc="faithfulness", unit="method"):
-        nothing = {("nothing", "none"): trial.summaries(method.layer)}
-        parts.append(trial.results(method, nothing | trial.variants(method), ("removed", "way")))
-    return concat(parts)
+    `Trial.results` of the `Trial.variants` of each method."""
+    return concat([trial.results(method, trial.variants(method), ("removed", "way"))
+                   for method in tqdm(methods, desc="faithfulness", unit="method")])
 
 
 def retrained(methods: Sequence[Any], trial: Trial, removed: Sequence[str] = ("concept",),
@@ -3399,10 +3380,8 @@ def retrained(methods: Sequence[Any], trial: Trial, removed: Sequence[str] = ("c
                    for method in chosen]
         x = torch.stack([x for variants in changed for x in variants.values()])
         together = train_probes(x, trial.labels, trial.folds, trial.config)
-        n = len(changed[0]) * len(trial.folds.held)                                         # probes of a method
-        for i, (method, variants) in enumerate(zip(chosen, changed, strict=True)):
-            probes = Probes(*(p[i * n:(i + 1) * n] for p in together))
-            parts.append(trial.results(method, variants, ("removed", "way"), probes, "retrained"))
+        for method, variants, *probes in zip(chosen, changed, *(p.chunk(len(chosen)) for p in together), strict=True):
+            parts.append(trial.results(method, variants, ("removed", "way"), Probes(*probes), "retrained"))
     return concat(parts)
 
 
@@ -3416,13 +3395,10 @@ def concat(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def removal_curve(methods: Sequence[Any], trial: Trial, most: int = 16) -> pd.DataFrame:
-    """The concepts of the n most salient positions taken out together, n = 1 to ``most``, by `remove_spans`.
-
-    Controls: concepts of positions in random order, random codes by use, Gaussian directions. Sentences with fewer
-    positions lose what they have. A row per sentence: method, layer, removed, way, n, seed, sentence, correct.
-    """
-    parts, ranked = [], torch.from_numpy(trial.ranked)
-    rows = ranked[:, :most]                                                                 # (S, n)
+    """The concepts of the n most salient positions taken out together, n = 1 to ``most``; shorter sentences lose what
+    they have. Controls: concepts of positions in random order, random codes by use, Gaussian directions. A row per
+    sentence: method, layer, removed, way, n, seed, sentence, correct."""
+    parts, ranked, rows = [], trial.ranked, trial.ranked[:, :most]                          # (S, T), (S, n)
     for method in tqdm(methods, desc="removal curves", unit="method"):
         draw, h, mean = trial.draw("curve"), trial.summaries(method.layer), trial.centre(method.layer).summary
         keys = torch.rand(ranked.shape, generator=draw).masked_fill(ranked < 0, 2.0)
@@ -3444,15 +3420,14 @@ def removal_curve(methods: Sequence[Any], trial: Trial, most: int = 16) -> pd.Da
 
 def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1, 5, 25, 100),
                directions: int = 2) -> pd.DataFrame:
-    """Accuracy after a constant vector is added to every state and to every concept that is a point. No information
-    changes, so the value of a valid metric stays.
+    """Accuracy when a constant vector is added to every state and to every concept that is a point. No information
+    changes, so a valid metric does not either.
 
-    The states are first brought to mean zero, then moved along random directions by ``sizes`` times their root mean
-    square distance from the mean (column shift) and by as far as the model's own mean lies from zero ("own"). Probes are
-    trained anew on the moved states (probe "retrained"), or those of the states as they are are moved along ("moved":
-    the first bias less the shift, the same function). A row per shift: method, layer, seed, removed, way, probe, shift,
-    direction (0, 1, …, or -1 for the model's own mean), size (length of the shift in those distances), accuracy and its
-    `interval` over sentences (low, high).
+    The states are brought to mean zero, then moved along random directions by ``sizes`` times their root mean square
+    distance from the mean (column shift), and by as far as the model's own mean lies from zero ("own"). Probes are
+    trained on the moved states (probe "retrained"), or moved along (probe "moved": the first bias less the shift). A
+    row per shift: method, layer, seed, removed, way, probe, shift, direction (0, 1, …, or -1 for the model's own mean),
+    size (of the shift, in those distances), accuracy and its `interval` over sentences (low, high).
     """
     parts, weights = [], resamples(len(trial.labels), trial.config)
     ways: tuple[Way, ...] = ("projection", "centred")
@@ -3492,14 +3467,11 @@ def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: 
                   edit: Callable[..., Iterable[tuple[tuple, Tensor]]], config: Config,
                   places: Sequence[str] = ("summary", "every position")
                   ) -> tuple[Float[Tensor, "S C"], dict[tuple, Float[Tensor, "P C"]]]:
-    """The model's logits for its states of a layer as they are; and for P edits of the states of ``sentences``, which
-    go back in for the blocks above, at the summary alone or at every position: by name and place.
-
-    ``edit(states, centre, pairs)`` gives names and changed states, for states (p, T, D) of some of the P, the mean word
-    state at each position (at summaries the mean summary), and which of the P they are (p,).
-    """
-    encoded, edited = encode(lm, texts, config), {}
-    own = torch.empty(len(texts), lm.model.config.num_labels)
+    """The model's logits for its states of a layer as they are, and for P edits of the states of ``sentences`` put back
+    for the blocks above, by name and place. ``edit(states, centre, pairs)`` gives names and changed states from states
+    and means of their kind (p, T, D) and which of the P they are (p,)."""
+    encoded, own = encode(lm, texts, config), torch.empty(len(texts), lm.model.config.num_labels)
+    edited: dict[tuple, Tensor] = {}
     for batch in tqdm(length_batches(encoded.offsets.diff(), config.batch_tokens), desc="in the model", unit="batch"):
         ids, mask = pad_ids(lm, encoded, batch)
         together, summary = max(1, config.batch_tokens // ids.shape[1]), lm.summary_at(mask)
@@ -3522,27 +3494,24 @@ def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: 
 
 def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Sequence[str], config: Config,
              ways: Sequence[Way] = ("projection", "centred"), controls: Sequence[str] = ()) -> pd.DataFrame:
-    """What the language model itself answers when the concept of the salient word is taken out of its states.
+    """What the language model itself answers when the concept of the salient word, or one of the ``controls`` of
+    `Trial.variants`, is taken out of its states: at the summary alone, or at every position (column where).
 
-    Out of the summary position alone, or of every position of the sentence (column where). ``controls`` are those of
-    `Trial.variants`. A row per sentence: method, layer, removed, way, where, seed, sentence, label, predicted, correct,
-    flipped (not the model's own answer), confidence (change of the probability of the model's own answer), kl (nats,
-    from the model's own distribution to the changed one).
+    A row per sentence: method, layer, removed, way, where, seed, sentence, label, predicted, correct, flipped (not the
+    model's own answer), confidence (change of the probability of the model's own answer), kl (nats, from the model's
+    own distribution to the changed one).
     """
     tables, sentences, names = {}, torch.arange(len(texts)), dict.fromkeys(("concept", *controls))
     for layer in dict.fromkeys(method.layer for method in methods):
-        removals = {i: {name: removal for name, removal in trial.removals(method).items()
-                        if name in {*names, "random code"}} for i, method in enumerate(methods) if method.layer == layer}
+        removals = {i: trial.removals(method) for i, method in enumerate(methods) if method.layer == layer}
         noise = torch.randn(trial.summaries(layer).shape, generator=trial.draw("in model"))
 
         def edit(states: Tensor, centre: Tensor, pairs: Tensor, removals: Any = removals,
                  noise: Tensor = noise) -> Iterator[tuple[tuple, Tensor]]:
-            def rows(x: Tensor) -> Tensor:
-                return x[pairs][:, None].to(states.device)                                  # (p, 1, D)
-
             for (i, parts), way in itertools.product(removals.items(), ways):
-                taken = {name: Removal(*map(rows, removal)) for name, removal in parts.items()}
-                changed = remove_each(states, taken, way, centre, rows(noise))
+                taken = {name: Removal(*(part[pairs][:, None].to(states.device) for part in removal))
+                         for name, removal in parts.items() if name in {*names, "random code"}}
+                changed = remove_each(states, taken, way, centre, noise[pairs][:, None].to(states.device))
                 yield from (((i, name, way), changed[name]) for name in names if name in changed)
 
         own, edited = answer_edited(lm, texts, layer, trial.centre(layer), sentences, edit, config)
@@ -3562,11 +3531,11 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
 
 def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tokens: pd.DataFrame, centres: Centres,
                     use: Float[np.ndarray, "K"], config: Config, controls: int = 3) -> pd.DataFrame:
-    """The language model's own answer when a concept is taken out of every position of a sentence, around the mean.
+    """The language model's own answer when a concept is taken out of every position of a sentence, around the mean: each
+    concept of its words (column concept of ``tokens``), and ``controls`` others drawn in proportion to ``use``.
 
-    ``tokens`` has the positions of the texts and a column concept. Each concept of a sentence's words is tried, and
-    ``controls`` random others, drawn in proportion to ``use`` (how many states each has). A row each: sentence,
-    concept, control, confidence (change of the probability of the model's own answer), flipped (another answer).
+    A row each: sentence, concept, control, confidence (change of the probability of the model's own answer), flipped
+    (another answer).
     """
     draw = torch.Generator().manual_seed(config.seed)
     others = torch.multinomial(torch.as_tensor(use).double(), len(texts) * controls, True, generator=draw).numpy()
@@ -3598,11 +3567,9 @@ def agreement(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -
 
 
 def matched(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K"]:
-    """`agreement` when each code has a partner to itself in the other codebook, matched as well as can be (Hungarian)."""
-    from scipy.optimize import linear_sum_assignment
-
+    """`agreement` when each code has a partner to itself in the other codebook, by the best matching (Hungarian)."""
     shares = overlaps(codes, others, n_codes)
-    return shares[linear_sum_assignment(shares.numpy(), maximize=True)]
+    return shares[scipy.optimize.linear_sum_assignment(shares.numpy(), maximize=True)]
 
 
 def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mapping[str, Any] = "nothing",
@@ -3611,9 +3578,9 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
 
     ``values`` are accuracy, auc (one class against the others, mean over classes) or any column of the results. covers
     says what the intervals cover; accuracy_sd_seeds is the deviation over seeds, accuracy_sd_folds the paper's, over
-    folds. change: accuracy less that of the same variant with ``against`` removed (or with these values in the columns
-    that tell variants apart), paired by sentence and by the seeds that both have; missing where there is none.
-    change_p_holm is its p-value (change_p), adjusted for all the changes of the table.
+    folds. change: accuracy less that of the same variant with ``against`` removed, or with these values in the columns
+    that tell variants apart, paired by sentence and shared seeds. change_p_holm: its p-value (change_p) adjusted for
+    all the changes of the table.
     """
     keys = [name for name in ("method", "layer", "removed", "way", "probe", "where", "n") if name in results]
     sentences = results["sentence"].nunique()
@@ -3660,7 +3627,7 @@ def removal_table(results: pd.DataFrame, config: ProbeSettings, way: Way = "proj
     the differences are paired. ``results`` as of `faithfulness`, of one seed or several."""
     results = results[(results["probe"] == "frozen") & results["way"].isin(["none", way])
                       & results["removed"].isin(["nothing", "concept", "random code"])]
-    nothing, code = (summarise(results, config, against=other).query("removed == 'concept'").reset_index()
+    nothing, code = (summarise(results, config, against=other).query("removed == 'concept'").reset_index(drop=True)
                      for other in ("nothing", "random code"))
     return nothing[["method", "layer"]].assign(**{
         "without the concept": interval_cells(nothing, "accuracy"),
@@ -3690,11 +3657,9 @@ def rationale_overlap(tokens: pd.DataFrame, texts: Sequence[str], rationales: Se
 
 
 def planted_task(sentences: int, n_codes: int, width: int, mean: float, seed: int) -> tuple[Trial, Concepts]:
-    """A simulated task whose causal concepts are known: class c occurs exactly where concept c does (c = 0, 1).
-
-    Each sentence has one of the two and three of the others, whose lengths differ; a summary is the sum of its concepts
-    plus noise plus ``mean`` (in lengths of the sum) times a constant vector; a word is its concept plus the constant.
-    """
+    """A simulated task whose causal concepts are known: class c occurs exactly where concept c does (c = 0, 1). Each
+    sentence has one of the two and three of the others, whose lengths differ; a word is its concept plus a constant,
+    ``mean`` lengths of a summary long, and a summary the sum of its concepts plus noise plus the constant."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.arange(sentences) % 2
     length = torch.cat([torch.ones(2), 0.5 + 2 * torch.rand(n_codes - 2, generator=draw)])
@@ -4640,9 +4605,7 @@ class Pipeline:
                    "training_seconds": history["seconds"].sum()}
         held_out = acts.rows(split_sentences(len(acts.lengths), self.config)[1])
         values |= sampling(model, acts.states[self.layers[0]][held_out]) | references(model, acts, self.config)
-        variants = trial.variants(model, ("projection", "centred"))
-        variants = {("nothing", "none"): trial.summaries(self.layers[0])} | variants
-        results = trial.results(model, variants, ("removed", "way"))
+        results = trial.results(model, trial.variants(model, ("projection", "centred")), ("removed", "way"))
         for row in summarise(results, self.config.replace(bootstrap=1)).to_dict("records"):
             names = "nothing" if row["removed"] == "nothing" else f"{row['removed']} {row['way']}"
             values |= {f"{value} {names}": row[value] for value in ("accuracy", "accuracy_sd_folds", "flipped")}
