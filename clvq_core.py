@@ -3128,10 +3128,9 @@ def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Fol
     final = Probes(*(start.repeat(len(h), 1, 1) for start in starts))                       # as nn.Linear starts
     probes = Probes(*(p.clone().requires_grad_() for p in final))
     optimizer = torch.optim.Adam(probes, lr=config.probe_learning_rate, fused=True)
-    n, n_watched = min(map(len, folds.kept)), max(map(len, folds.watched))
-    watched = torch.stack([torch.from_numpy(np.resize(rows, n_watched)) for rows in folds.watched])         # (F, n')
-    real = torch.stack([torch.arange(n_watched) < len(rows) for rows in folds.watched]).float()
-    training = torch.arange(len(final.bias1))                                               # (P',) probes not yet done
+    n = min(map(len, folds.kept))
+    watched = nn.utils.rnn.pad_sequence([torch.from_numpy(rows) for rows in folds.watched], True, -1)       # (F, n')
+    training = torch.arange(len(final.bias1))                                               # (P',) probes not done
     best, waited = torch.full((len(training),), math.inf), torch.zeros(len(training))
     for _ in range(config.probe_epochs):
         set_of, fold_of = (training // n_folds)[:, None], training % n_folds
@@ -3146,9 +3145,9 @@ def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Fol
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            rows, weights = watched[fold_of], real[fold_of]                                 # (P', n')
+            rows = watched[fold_of]                                                         # (P', n'), -1 at padding
             losses = F.cross_entropy(probes.logits(h[set_of, rows]).transpose(1, 2), labels[rows], reduction="none")
-            loss = (losses * weights).sum(1) / weights.sum(1)
+            loss = (losses * (rows >= 0)).sum(1) / (rows >= 0).sum(1)
         better = loss < best
         store = better if config.probe_stopping == "inner" else torch.ones_like(better)
         for stored, current in zip(final, probes, strict=True):
@@ -3452,13 +3451,13 @@ def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1
                 for probe, chances in (("retrained", score(again, x, trial.folds)),
                                        ("moved", score(frozen, x - shifts + mean, trial.folds))):
                     correct = (chances.argmax(2) == trial.labels).double().numpy()          # (G, S)
-                    accuracy = pd.DataFrame([interval(row) for row in correct @ weights.T / len(h)])
+                    accuracy, low, high = zip(*(interval(row)[:3] for row in correct @ weights.T / len(h)), strict=True)
                     parts.append(pd.DataFrame({
                         "method": method.name, "layer": layer, "seed": trial.config.seed, "removed": removed,
                         "way": "none" if removed == "nothing" else way, "probe": probe,
                         "shift": [size for size, _ in named], "direction": [i for _, i in named],
-                        "size": (shifts[:, 0].norm(dim=1) / spread).tolist(), "accuracy": accuracy["value"],
-                        "low": accuracy["low"], "high": accuracy["high"]}))
+                        "size": (shifts[:, 0].norm(dim=1) / spread).tolist(),
+                        "accuracy": accuracy, "low": low, "high": high}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -3468,8 +3467,11 @@ def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: 
                   places: Sequence[str] = ("summary", "every position")
                   ) -> tuple[Float[Tensor, "S C"], dict[tuple, Float[Tensor, "P C"]]]:
     """The model's logits for its states of a layer as they are, and for P edits of the states of ``sentences`` put back
-    for the blocks above, by name and place. ``edit(states, centre, pairs)`` gives names and changed states from states
-    and means of their kind (p, T, D) and which of the P they are (p,)."""
+    for the blocks above, by name and place.
+
+    ``edit(states, centre, pairs)`` gives names and changed states, from states and the mean summary or word state at
+    each position (p, T, D), and which of the P they are (p,).
+    """
     encoded, own = encode(lm, texts, config), torch.empty(len(texts), lm.model.config.num_labels)
     edited: dict[tuple, Tensor] = {}
     for batch in tqdm(length_batches(encoded.offsets.diff(), config.batch_tokens), desc="in the model", unit="batch"):
@@ -3531,8 +3533,8 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
 
 def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tokens: pd.DataFrame, centres: Centres,
                     use: Float[np.ndarray, "K"], config: Config, controls: int = 3) -> pd.DataFrame:
-    """The language model's own answer when a concept is taken out of every position of a sentence, around the mean: each
-    concept of its words (column concept of ``tokens``), and ``controls`` others drawn in proportion to ``use``.
+    """The language model's own answer when a concept is taken out of every position of a sentence, around the mean:
+    each concept of its words (column concept of ``tokens``), and ``controls`` others drawn in proportion to ``use``.
 
     A row each: sentence, concept, control, confidence (change of the probability of the model's own answer), flipped
     (another answer).
