@@ -2974,9 +2974,9 @@ class Interval(NamedTuple):
 def interval(statistics: Float[np.ndarray, "G R"]) -> Interval:
     """The mean of a statistic over G trainings (seeds), with an interval over sentences, seeds or both.
 
-    A row is a training: the statistic over all sentences, then over `resamples` of them, if any. One training: the
-    percentile bootstrap. Several: the variances over resamples and trainings add up, for Student's t with
-    Satterthwaite's (1946) degrees of freedom; with 3 seeds it covers 92-96 % of simulated truths, the percentile
+    A row is a training: the statistic over all sentences, then over the same `resamples` of them in each row, if any.
+    One training: the percentile bootstrap. Several: the variances over resamples and trainings add up, for Student's t
+    with Satterthwaite's (1946) degrees of freedom; with 3 seeds it covers 92-96 % of simulated truths, the percentile
     bootstrap over both 74-96 %.
     """
     statistics = np.atleast_2d(statistics)
