@@ -59,6 +59,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, Typ
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
@@ -2785,7 +2786,7 @@ class Interval(NamedTuple):
     low: float
     high: float
     p: float
-    """Two-sided p value of the hypothesis that the true value is 0."""
+    """Two-sided p-value of the hypothesis that the true value is 0."""
     covers: str
     """What the interval covers: sentences, seeds, or sentences and seeds."""
 
@@ -2794,47 +2795,42 @@ class Interval(NamedTuple):
 
 
 def interval(statistics: Float[np.ndarray, "G R"]) -> Interval:
-    """The mean of a statistic over G trainings (seeds), with an interval that covers seeds and sentences.
+    """The mean of a statistic over G trainings (seeds), with an interval over sentences, seeds or both.
 
-    A row of ``statistics`` is a training: the statistic over all sentences, then over resamples of them (none: the
-    interval covers seeds alone), the same ones for every training (`resamples`). With one training the interval is the
-    percentile bootstrap's. With several, the variances over resamples and over trainings add up, for a t quantile with
-    Satterthwaite's (1946) degrees of freedom: of 3 seeds x 200 and 1,000 sentences it covered 96 % of simulated truths
-    without variance of seeds, 94-95 % where it was that of sentences, 92-94 % where it dominated (the percentile
-    bootstrap over both: 96, 91, 74-76 %; with 2 seeds 95-97, 92-94, 89 %).
+    A row is a training: the statistic over all sentences, then over the same `resamples` of them in each row, if any.
+    One training: the percentile bootstrap. Several: the variances over resamples and trainings add up, for Student's t
+    with Satterthwaite's (1946) degrees of freedom; with 3 seeds it covers 92-96 % of simulated truths, the percentile
+    bootstrap over both 74-96 %.
     """
-    from scipy.stats import t
-
     statistics = np.atleast_2d(statistics)
     trainings, value, resampled = len(statistics), statistics[:, 0].mean(), statistics[:, 1:].mean(0)
     over_sentences = resampled.var() if len(resampled) > 1 else math.nan
     over_seeds = statistics[:, 0].var(ddof=1) / trainings if trainings > 1 else math.nan
-    variance = np.nansum([over_sentences, over_seeds])
     covers = [name for name, part in (("sentences", over_sentences), ("seeds", over_seeds)) if not math.isnan(part)]
     if not covers:
         return Interval(value, math.nan, math.nan, math.nan, "")
+    variance = np.nansum([over_sentences, over_seeds])
     freedom = (trainings - 1) * (variance / over_seeds) ** 2 if over_seeds > 0 else math.inf
-    margin = t.ppf(0.975, freedom) * math.sqrt(variance)
+    margin = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(variance)
     low, high = np.quantile(resampled, [0.025, 0.975]) if trainings == 1 else (value - margin, value + margin)
-    p = 2 * t.sf(abs(value) / math.sqrt(variance), freedom) if variance else float(value == 0)
+    p = 2 * scipy.stats.t.sf(abs(value) / math.sqrt(variance), freedom) if variance else float(value == 0)
     return Interval(value, low, high, p, " and ".join(covers))
 
 
 def resamples(n: int, config: ProbeSettings) -> Float[np.ndarray, "R S"]:
-    """How often each of n sentences is drawn: first once each, then in `bootstrap` resamples of them."""
+    """How often each of n sentences is drawn: once each in the first row, then in `bootstrap` resamples."""
     draws = np.random.default_rng(config.seed).multinomial(n, np.full(n, 1 / n), size=config.bootstrap)
     return np.concatenate([np.ones((1, n)), draws])
 
 
 def mean_interval(values: Float[np.ndarray, "G S"], config: ProbeSettings) -> Interval:
-    """The `interval` of the mean of what S sentences have in each of G trainings, or in one: (S,)."""
+    """The `interval` of the mean over S sentences of a value that each has in G trainings, or in one: (S,)."""
     values = np.atleast_2d(values)
     return interval(values @ resamples(values.shape[1], config).T / values.shape[1])
 
 
 def adjust_p_values(p: Float[np.ndarray, "n"], method: Literal["holm", "fdr_bh"] = "holm") -> Float[np.ndarray, "n"]:
-    """P values adjusted for how many there are, by Holm (chance of one false finding) or Benjamini-Hochberg (share of
-    findings that are false). Missing ones stay missing and do not count."""
+    """P-values adjusted for their number, by Holm or Benjamini-Hochberg. Missing ones stay missing and do not count."""
     from statsmodels.stats.multitest import multipletests
 
     adjusted = np.array(p, dtype=float)
@@ -2845,10 +2841,9 @@ def adjust_p_values(p: Float[np.ndarray, "n"], method: Literal["holm", "fdr_bh"]
 
 
 def seed_means(results: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """Means over seeds of each metric at the end of training, a row for each combination of ``by`` in order of
-    appearance: 95 % intervals by Student's t (columns …_low and …_high, missing for one seed), number of seeds."""
-    end = results[results["epoch"].isna() & results["metric"].isin(list(metrics))]
-    rows = []
+    """Means over seeds of each metric at the end of training, a row per combination of ``by``: with columns …_low and
+    …_high (95 % `interval`, missing for one seed) and seeds, their number."""
+    end, rows = results[results["epoch"].isna() & results["metric"].isin(list(metrics))], []
     for key, part in end.groupby(list(by), sort=False, dropna=False):
         values = part.pivot_table(index="run", columns="metric", values="value")
         row: dict[str, Any] = dict(zip(by, key, strict=True))
@@ -2858,29 +2853,28 @@ def seed_means(results: pd.DataFrame, by: Sequence[str], metrics: Sequence[str])
     return pd.DataFrame(rows)
 
 
+def interval_cells(table: pd.DataFrame, name: str, digits: int = 3, sign: bool = False) -> list[str]:
+    """`interval_text` of a column and its …_low and …_high, row by row."""
+    numbers = table[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)
+    return [interval_text(mean, low, high, digits, sign) for mean, low, high in numbers]
+
+
 def means_text(table: pd.DataFrame, metrics: Mapping[str, str], digits: int = 3) -> pd.DataFrame:
     """For people: "mean (low to high)" for each metric of `seed_means`, under new column names; other columns stay."""
-    out = table[[name for name in table if not any(str(name).startswith(metric) for metric in metrics)]].copy()
-    for metric, title in metrics.items():
-        numbers = table[[metric, f"{metric}_low", f"{metric}_high"]].itertuples(index=False)
-        out[title] = [interval_text(mean, low, high, digits) for mean, low, high in numbers]
-    return out
+    out = table[[name for name in table if not str(name).startswith(tuple(metrics))]]
+    return out.assign(**{title: interval_cells(table, metric, digits) for metric, title in metrics.items()})
 
 
 def smallest_difference(deviation: float, sentences: int, power: float = 0.8, level: float = 0.05) -> float:
-    """The smallest true difference in accuracy between two removals that a paired two-sided test finds with this power.
-
-    ``deviation``: standard deviation over sentences of the difference (1, 0 or -1 a sentence). Normal approximation.
-    """
-    from scipy.stats import norm
-
-    return float((norm.ppf(1 - level / 2) + norm.ppf(power)) * deviation / math.sqrt(sentences))
+    """The smallest true difference in accuracy between two removals that a paired two-sided test finds with this power,
+    from the standard deviation over sentences of the difference (1, 0 or -1 each). Normal approximation."""
+    return float(scipy.stats.norm.ppf([1 - level / 2, power]).sum() * deviation / math.sqrt(sentences))
 
 
 def auc(chance: Float[np.ndarray, "S"], positive: Bool[np.ndarray, "S"],
         weights: Float[np.ndarray, "R S"]) -> Float[np.ndarray, "R"]:
-    """Area under the ROC curve for each row of weights over the sentences: how often a positive one gets the higher
-    chance, ties counting half. scikit-learn's, for thousands of weightings at once."""
+    """Area under the ROC curve, ties counting half, for each row of weights over the sentences: scikit-learn's, for
+    thousands of weightings at once."""
     order = np.argsort(chance, kind="stable")
     chance, positive, weights = chance[order], positive[order], weights[:, order]
     negative = np.concatenate([np.zeros((len(weights), 1)), (weights * ~positive).cumsum(1)], 1)        # (R, S + 1)
@@ -2891,7 +2885,7 @@ def auc(chance: Float[np.ndarray, "S"], positive: Bool[np.ndarray, "S"],
 
 
 class Probes(NamedTuple):
-    """Probes ``D -> hidden -> C``, one a fold for each of G sets of states, trained together. P is G F."""
+    """Probes ``D -> hidden -> C``, one per fold for each of G sets of states, trained together. P is G F."""
 
     weight1: Float[Tensor, "P D H"]
     bias1: Float[Tensor, "P 1 H"]
@@ -2932,40 +2926,34 @@ def make_folds(labels: np.ndarray, config: ProbeSettings) -> Folds:
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
     check_folds(labels, config)
-    folds, splitter = Folds([], [], []), StratifiedKFold(config.folds, shuffle=True, random_state=config.seed)
+    folds, splitter = [], StratifiedKFold(config.folds, shuffle=True, random_state=config.seed)
     for fold, (kept, held) in enumerate(splitter.split(labels, labels)):
         watched = held
         if config.probe_stopping == "inner":
             kept, watched = train_test_split(kept, test_size=config.probe_validation, stratify=labels[kept],
                                              random_state=config.seed + fold)
-        for part, sentences in zip(folds, (held, kept, watched), strict=True):
-            part.append(sentences)
-    return folds
+        folds.append((held, kept, watched))
+    return Folds(*map(list, zip(*folds, strict=True)))
 
 
 def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Folds, config: ProbeSettings) -> Probes:
-    """The probes of all folds for each of G sets of states of the same sentences, one batched product a layer.
+    """The probes of all folds for each of G sets of states of the same sentences, one batched product per layer.
 
-    The same as training one after another: losses add up, so gradients and Adam's steps stay apart, and each has its
-    own patience (tested). Sets share starts, batches and dropout, so that they differ in their states alone. Folds
-    train on as many sentences as the smallest has, drawn anew each epoch. The best weights by watched loss are
-    restored; with ``probe_stopping="test"`` the last ones are kept. Probes that are done leave the products.
+    As if trained one by one: losses add up, so gradients and Adam's steps stay apart, and each probe has its own
+    patience; those that are done leave the products. Sets share starts, batches and dropout. Every fold trains on as
+    many sentences as the smallest has, drawn anew each epoch. Kept are the weights of the best watched loss, with
+    ``probe_stopping="test"`` the last ones.
     """
     generator = torch.Generator().manual_seed(config.seed)
     n_folds, width, hidden, classes = len(folds.held), h.shape[2], config.probe_hidden, int(labels.max()) + 1
-
-    def uniform(*shape: int, fan_in: int) -> Tensor:                                        # nn.Linear's start
-        start = (torch.rand(n_folds, *shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
-        return start.repeat(len(h), 1, 1).requires_grad_()
-
-    probes = Probes(uniform(width, hidden, fan_in=width), uniform(1, hidden, fan_in=width),
-                    uniform(hidden, classes, fan_in=hidden), uniform(1, classes, fan_in=hidden))
-    final = Probes(*(p.detach().clone() for p in probes))
+    starts = [(torch.rand(n_folds, *shape, generator=generator) * 2 - 1) / math.sqrt(inputs) for inputs, *shape in
+              ((width, width, hidden), (width, 1, hidden), (hidden, hidden, classes), (hidden, 1, classes))]
+    final = Probes(*(start.repeat(len(h), 1, 1) for start in starts))                       # as nn.Linear starts
+    probes = Probes(*(p.clone().requires_grad_() for p in final))
     optimizer = torch.optim.Adam(probes, lr=config.probe_learning_rate, fused=True)
-    n, n_watched = min(map(len, folds.kept)), max(map(len, folds.watched))
-    watched = torch.stack([torch.from_numpy(np.resize(rows, n_watched)) for rows in folds.watched])         # (F, n')
-    real = torch.stack([torch.arange(n_watched) < len(rows) for rows in folds.watched]).float()
-    training = torch.arange(len(final.bias1))                                               # (P',) probes not yet done
+    n = min(map(len, folds.kept))
+    watched = nn.utils.rnn.pad_sequence([torch.from_numpy(rows) for rows in folds.watched], True, -1)       # (F, n')
+    training = torch.arange(len(final.bias1))                                               # (P',) probes not done
     best, waited = torch.full((len(training),), math.inf), torch.zeros(len(training))
     for _ in range(config.probe_epochs):
         set_of, fold_of = (training // n_folds)[:, None], training % n_folds
@@ -2980,9 +2968,9 @@ def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Fol
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            rows, weights = watched[fold_of], real[fold_of]                                 # (P', n')
+            rows = watched[fold_of]                                                         # (P', n'), -1 at padding
             losses = F.cross_entropy(probes.logits(h[set_of, rows]).transpose(1, 2), labels[rows], reduction="none")
-            loss = (losses * weights).sum(1) / weights.sum(1)
+            loss = (losses * (rows >= 0)).sum(1) / (rows >= 0).sum(1)
         better = loss < best
         store = better if config.probe_stopping == "inner" else torch.ones_like(better)
         for stored, current in zip(final, probes, strict=True):
@@ -3003,8 +2991,8 @@ def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Fol
 
 @torch.no_grad()
 def score(probes: Probes, h: Float[Tensor, "V S D"], folds: Folds) -> Float[Tensor, "V S C"]:
-    """Log-probabilities that each sentence gets from the probe of the fold that holds it out. Probes of one set of
-    states score all V; probes of V sets score each its own."""
+    """Log-probabilities of each sentence by the probe of the fold that holds it out: the probes of one set of states
+    score all V, those of V sets each their own."""
     out = torch.empty(*h.shape[:2], probes.bias2.shape[2])
     for fold, rows in enumerate(folds.held):
         probe = Probes(*(p[fold::len(folds.held)] for p in probes))
@@ -3022,7 +3010,7 @@ class Removal(NamedTuple):
     vector: Float[Tensor, "S D"]
     """The concept as it is: a point among the states, or a direction."""
     offset: Float[Tensor, "S D"]
-    """What tells it from the mean: the point less the method's centre, or as much of the direction as the word has."""
+    """How it differs from the mean: the point less the method's centre, or as much of the direction as the word has."""
 
 
 def ablate(h: Float[Tensor, "... D"], v: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -3039,10 +3027,14 @@ def remove(h: Float[Tensor, "... D"], removal: Removal, way: Way,
     return centre + ablate(h - centre, removal.offset) if way == "centred" else h - removal.offset
 
 
-def remove_as_much(h: Float[Tensor, "... D"], changed: Float[Tensor, "... D"],
-                   direction: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """States less as much of a direction, by norm, as ``changed`` has lost."""
-    return h - (h - changed).norm(dim=-1, keepdim=True) * F.normalize(direction, dim=-1)
+def remove_each(h: Float[Tensor, "... D"], removals: Mapping[str, Removal], way: Way, centre: Float[Tensor, "... D"],
+                noise: Float[Tensor, "... D"]) -> dict[str, Float[Tensor, "... D"]]:
+    """States after each removal. Two more controls take away as much, by norm, as that of the concept: ``matched norm``
+    along the noise, ``random code, equal norm`` along what removal of the random code takes away."""
+    out = {name: remove(h, removal, way, centre) for name, removal in removals.items()}
+    norm, code = (h - out["concept"]).norm(dim=-1, keepdim=True), h - out["random code"]
+    return out | {"matched norm": h - norm * F.normalize(noise, dim=-1),
+                  "random code, equal norm": h - norm * F.normalize(code, dim=-1)}
 
 
 @torch.no_grad()
@@ -3061,14 +3053,11 @@ def remove_spans(h: Float[Tensor, "S D"], vectors: Float[Tensor, "S n D"],
 
 
 class Centres(NamedTuple):
-    """Means and directions of a layer's training states."""
+    """Mean and first principal component of a layer's training states at summaries, and their mean at words."""
 
     summary: Float[Tensor, "D"]
-    """The mean of the summaries."""
     component: Float[Tensor, "D"]
-    """Their first principal component."""
     word: Float[Tensor, "D"]
-    """The mean of the words."""
 
     @classmethod
     def of(cls, acts: Activations, layer: int) -> Centres:
@@ -3080,8 +3069,9 @@ class Centres(NamedTuple):
 class Trial:
     """The evaluation sentences, and what all tests of this section share: folds, probes, means, salient words.
 
-    ``tokens`` are the rows of ``test`` with a column salience; ``predicted`` is the language model's class for each
-    sentence. All tensors are on the CPU.
+    ``tokens`` are the rows of ``test`` with a column salience; ``predicted`` is the language model's class of each
+    sentence. By layer, ``centre`` gives the `Centres`, and ``probes`` those of all folds, trained on the states as they
+    are. ``ranked`` are the rows of each sentence by falling salience, then -1. All tensors are on the CPU.
     """
 
     def __init__(self, train: Activations, test: Activations, tokens: pd.DataFrame, labels: Int[Tensor, "S"],
@@ -3092,14 +3082,14 @@ class Trial:
         self.fold = np.empty(len(labels), dtype=int)
         for i, rows in enumerate(self.folds.held):
             self.fold[rows] = i
-        ranked = tokens.sort_values(["sentence", "salience"], ascending=[True, False], kind="stable")
-        rank = ranked.groupby("sentence").cumcount().to_numpy()
-        self.ranked = np.full((len(labels), rank.max() + 1), -1)                    # rows by falling salience, then -1
-        self.ranked[ranked["sentence"], rank] = ranked.index
-        self.salient = torch.from_numpy(self.ranked[:, 0].copy())
+        ranked = tokens.sort_values("salience", ascending=False, kind="stable").groupby("sentence").groups.values()
+        rows_of = [torch.tensor(rows.to_numpy()) for rows in ranked]
+        self.ranked = nn.utils.rnn.pad_sequence(rows_of, batch_first=True, padding_value=-1)        # (S, T)
+        self.salient = self.ranked[:, 0]
         self.words = torch.from_numpy(np.flatnonzero(~tokens["is_summary"]))
-        self.centre = cache(self.centre)                                            # type: ignore[method-assign]
-        self.probes = cache(self.probes)                                            # type: ignore[method-assign]
+        self.centre: Callable[[int], Centres] = cache(lambda layer: Centres.of(train, layer))
+        self.probes: Callable[[int], Probes] = cache(
+            lambda layer: train_probes(self.summaries(layer)[None], self.labels, self.folds, config))
 
     def summaries(self, layer: int) -> Float[Tensor, "S D"]:
         """Summary states of the evaluation sentences. ValueError if there are none of this layer."""
@@ -3107,16 +3097,8 @@ class Trial:
             raise ValueError(f"there are no states of layer {layer}, only of {', '.join(map(str, self.test.states))}")
         return self.test.states[layer][self.test.summary_rows].float()
 
-    def centre(self, layer: int) -> Centres:
-        """Of the training states."""
-        return Centres.of(self.train, layer)
-
-    def probes(self, layer: int) -> Probes:
-        """Probes of all folds, trained on the states as they are."""
-        return train_probes(self.summaries(layer)[None], self.labels, self.folds, self.config)
-
     def draw(self, *numbers: Any) -> torch.Generator:
-        """A generator of its own for each use."""
+        """A separate generator for each use."""
         return torch.Generator().manual_seed(int(hash_text(self.config.seed, *numbers)[:15], 16))
 
     def assign(self, method: Any, rows: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
@@ -3124,15 +3106,11 @@ class Trial:
         return method.assign(self.test.states[method.reads][rows.flatten().clamp_min(0)]).view(rows.shape)
 
     def used_codes(self, method: Any, shape: Sequence[int], generator: torch.Generator) -> Int[Tensor, "..."]:
-        """Random concepts, each as likely as words of the evaluation sentences have it: those of random words."""
+        """Random concepts, drawn as often as words of the evaluation sentences have them: those of random words."""
         return self.assign(method, self.words[torch.randint(len(self.words), tuple(shape), generator=generator)])
 
-    def of_rows(self, method: Any, rows: Int[Tensor, "S"]) -> Removal:
-        """The concepts of these rows of ``test``, one a sentence."""
-        return self.of_codes(method, self.assign(method, rows), rows)
-
     def of_codes(self, method: Any, codes: Int[Tensor, "S"], rows: Int[Tensor, "S"]) -> Removal:
-        """These concepts; how much of a direction a word has is read from ``rows``."""
+        """The removal of these concepts; how much of a direction a word has is read from ``rows`` of ``test``."""
         vector, centre = method.vectors.cpu()[codes], method.centre.cpu()
         if not method.directions:
             return Removal(vector, vector - centre)
@@ -3151,13 +3129,13 @@ class Trial:
         chosen = words.iloc[torch.randperm(len(words), generator=draw).numpy()].drop_duplicates("sentence")
         other_word = self.salient.clone()                                   # stays where a sentence has one word only
         other_word[torch.tensor(chosen["sentence"].to_numpy())] = torch.tensor(chosen.index.to_numpy())
-        concept = self.of_rows(method, self.salient)
+        concept = self.of_codes(method, self.assign(method, self.salient), self.salient)
         noise = torch.randn(n, len(centres.component), generator=draw)
         removals = {
             "concept": concept,
             "gaussian": Removal(noise, F.normalize(noise, dim=1) * concept.offset.norm(dim=1, keepdim=True)),
             "random code": self.of_codes(method, self.used_codes(method, (n,), draw), self.salient),
-            "random word": self.of_rows(method, other_word),
+            "random word": self.of_codes(method, self.assign(method, other_word), other_word),
         }
         order, counts = self.predicted.argsort(stable=True), self.predicted.bincount()      # sentences class by class
         size, first = counts[self.predicted], (counts.cumsum(0) - counts)[self.predicted]   # of each sentence's class
@@ -3165,33 +3143,29 @@ class Trial:
             place = (torch.rand(n, generator=draw, dtype=torch.double) * (n - size)).long()  # among the other classes
             other = order[torch.where(place < first, place, place + size)]
             removals["other class"] = Removal(*(part[other] for part in concept))
-        removals["mean"] = Removal(centres.summary.expand(n, -1), torch.zeros(n, len(centres.summary)))
+        removals["mean"] = Removal(centres.summary.expand(n, -1), torch.zeros_like(noise))
         removals["first component"] = Removal(*(centres.component.expand(n, -1),) * 2)
         return removals
 
     def variants(self, method: Any,
                  ways: Sequence[Way] = get_args(Way)) -> dict[tuple[str, str], Float[Tensor, "S D"]]:
-        """Changed summary states, by what is removed and how. Two controls take away as much, by norm, as the concept's
-        removal: ``matched norm`` in a random direction, ``random code, equal norm`` as the random code's removal does.
-        Left out where they say nothing: the mean around itself, and subtraction of directions without a length."""
+        """Summary states by what is removed (nothing, `removals`, `remove_each`) and how. Left out where they say
+        nothing: the mean around itself, and subtraction of directions without a length."""
         h, mean, removals = self.summaries(method.layer), self.centre(method.layer).summary, self.removals(method)
         noise = torch.randn(h.shape, generator=self.draw("matched norm"))
-        out: dict[tuple[str, str], Tensor] = {}
+        silent = {"centred": ("mean",), "subtraction": ("mean", "gaussian", "first component")}
+        out = {("nothing", "none"): h}
         for way in ways:
-            silent = {"centred": ("mean",), "subtraction": ("mean", "gaussian", "first component")}.get(way, ())
-            out |= {(name, way): remove(h, part, way, mean) for name, part in removals.items() if name not in silent}
-            for name, direction in (("matched norm", noise), (EQUAL_NORM, h - out["random code", way])):
-                out[name, way] = remove_as_much(h, out["concept", way], direction)
+            changed = remove_each(h, removals, way, mean, noise)
+            out |= {(name, way): x for name, x in changed.items() if name not in silent.get(way, ())}
         return out
 
     def results(self, method: Any, variants: Mapping[tuple[Any, ...], Float[Tensor, "S D"]], names: Sequence[str],
                 probes: Probes | None = None, probe: str = "frozen") -> pd.DataFrame:
-        """A row a sentence for each variant, whose key goes into the columns ``names``.
-
-        Also: method, layer, probe, seed, sentence, fold, label, predicted, correct, flipped (another answer than the
-        frozen probe's to the state as it is), share (of the state's squared norm that is gone), distance (what is gone,
-        squared, in mean squared distances of the states from their mean), p0, p1, … (probabilities).
-        """
+        """A row per sentence and variant: method, layer, the variant's key in columns ``names``, probe, seed, sentence,
+        fold, label, predicted, correct, flipped (another answer than the frozen probe's to the state as it is), share
+        (of the state's squared norm that is gone), distance (what is gone, squared, in mean squared distances of the
+        states from their mean), p0, p1, … (probabilities)."""
         h, mean = self.summaries(method.layer), self.centre(method.layer).summary
         x = torch.stack(list(variants.values()))                                                    # (V, S, D)
         chances = score(probes or self.probes(method.layer), x, self.folds).exp()
@@ -3210,58 +3184,43 @@ class Trial:
             **{name: column.flatten().numpy() for name, column in columns.items()}})
 
 
-EQUAL_NORM = "random code, equal norm"
-
-
 def faithfulness(methods: Sequence[Any], trial: Trial) -> pd.DataFrame:
     """Section 4.1 and the control panel: is a class harder to read off the summary states once a concept is taken out?
-
-    For each method: states as they are (removed "nothing"), and each removal of `Trial.variants` in each way. Rows as
-    `Trial.results` has them.
-    """
-    parts = []
-    for method in tqdm(methods, desc="faithfulness", unit="method"):
-        nothing = {("nothing", "none"): trial.summaries(method.layer)}
-        parts.append(trial.results(method, nothing | trial.variants(method), ("removed", "way")))
-    return concat(parts)
+    `Trial.results` of the `Trial.variants` of each method."""
+    return concat([trial.results(method, trial.variants(method), ("removed", "way"))
+                   for method in tqdm(methods, desc="faithfulness", unit="method")])
 
 
 def retrained(methods: Sequence[Any], trial: Trial, removed: Sequence[str] = ("concept",),
               ways: Sequence[Way] = ("projection", "centred")) -> pd.DataFrame:
-    """The same with probes that are trained on states changed alike: is the information gone, or only moved from where
-    the first probe looked? All methods of a layer are trained together. Rows as `Trial.results` has them."""
+    """The same with probes trained on states changed alike: is the information gone, or only moved from where the first
+    probe looked? All methods of a layer are trained together. Rows as in `Trial.results`."""
     parts = []
     for layer in sorted({method.layer for method in methods}):
         chosen = [method for method in methods if method.layer == layer]
         changed = [{key: x for key, x in trial.variants(method, ways).items() if key[0] in removed}
                    for method in chosen]
-        x = torch.cat([torch.stack(list(variants.values())) for variants in changed])
+        x = torch.stack([x for variants in changed for x in variants.values()])
         together = train_probes(x, trial.labels, trial.folds, trial.config)
-        n = len(changed[0]) * len(trial.folds.held)                                         # probes of a method
-        for i, (method, variants) in enumerate(zip(chosen, changed, strict=True)):
-            probes = Probes(*(p[i * n:(i + 1) * n] for p in together))
-            parts.append(trial.results(method, variants, ("removed", "way"), probes, "retrained"))
+        for method, variants, *probes in zip(chosen, changed, *(p.chunk(len(chosen)) for p in together), strict=True):
+            parts.append(trial.results(method, variants, ("removed", "way"), Probes(*probes), "retrained"))
     return concat(parts)
 
 
 def concat(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Results one below the other; what is categorical stays so."""
-    parts = list(parts)
-    categorical = {name for part in parts for name in part if isinstance(part[name].dtype, pd.CategoricalDtype)}
-    for name in categorical:
-        kinds = list(dict.fromkeys(kind for part in parts for kind in part[name].astype("category").cat.categories))
-        parts = [part.assign(**{str(name): pd.Categorical(part[name], kinds)}) for part in parts]
-    return pd.concat(parts, ignore_index=True)
+    """Results one below the other; categorical columns stay categorical."""
+    table = pd.concat(parts, ignore_index=True)
+    for name in parts[0].select_dtypes("category"):
+        kinds = dict.fromkeys(kind for part in parts for kind in part[name].cat.categories)
+        table[name] = pd.Categorical(table[name], list(kinds))
+    return table
 
 
 def removal_curve(methods: Sequence[Any], trial: Trial, most: int = 16) -> pd.DataFrame:
-    """The concepts of the n most salient positions taken out together, n = 1 to ``most``, by `remove_spans`.
-
-    Controls: concepts of positions in random order, random codes by use, Gaussian directions. Sentences with fewer
-    positions lose what they have. A row a sentence: method, layer, removed, way, n, seed, sentence, correct.
-    """
-    parts, ranked = [], torch.from_numpy(trial.ranked)
-    rows = ranked[:, :most]                                                                 # (S, n)
+    """The concepts of the n most salient positions taken out together, n = 1 to ``most``; shorter sentences lose what
+    they have. Controls: concepts of positions in random order, random codes by use, Gaussian directions. A row per
+    sentence: method, layer, removed, way, n, seed, sentence, correct."""
+    parts, ranked, rows = [], trial.ranked, trial.ranked[:, :most]                          # (S, T), (S, n)
     for method in tqdm(methods, desc="removal curves", unit="method"):
         draw, h, mean = trial.draw("curve"), trial.summaries(method.layer), trial.centre(method.layer).summary
         keys = torch.rand(ranked.shape, generator=draw).masked_fill(ranked < 0, 2.0)
@@ -3283,15 +3242,14 @@ def removal_curve(methods: Sequence[Any], trial: Trial, most: int = 16) -> pd.Da
 
 def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1, 5, 25, 100),
                directions: int = 2) -> pd.DataFrame:
-    """A constant vector is added to every state and to every concept that is a point. No information changes, so the
-    value of a valid metric stays.
+    """Accuracy when a constant vector is added to every state and to every concept that is a point. No information
+    changes, so a valid metric does not either.
 
-    The states are first brought to mean zero, then moved by ``sizes`` times their root mean square distance from the
-    mean (column shift), along random directions; and, as ``shift`` own, by as far as the model's own mean lies from
-    zero. For each, probes are trained anew on the moved states (probe retrained), and the probes of unmoved states are
-    moved along (probe moved: the first bias less the shift, the same function exactly). A row a shift: also direction
-    (0, 1, …, or -1 for the model's own mean), size (length of the shift in those distances), accuracy and its
-    `interval` over sentences (low, high).
+    The states are brought to mean zero, then moved along random directions by ``sizes`` times their root mean square
+    distance from the mean (column shift), and by as far as the model's own mean lies from zero ("own"). Probes are
+    trained on the moved states (probe "retrained"), or moved along (probe "moved": the first bias less the shift). A
+    row per shift: method, layer, seed, removed, way, probe, shift, direction (0, 1, …, or -1 for the model's own mean),
+    size (of the shift, in those distances), accuracy and its `interval` over sentences (low, high).
     """
     parts, weights = [], resamples(len(trial.labels), trial.config)
     ways: tuple[Way, ...] = ("projection", "centred")
@@ -3308,8 +3266,7 @@ def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1
         again, frozen = train_probes(moved, trial.labels, trial.folds, trial.config), trial.probes(layer)
         chosen = [method for method in methods if method.layer == layer]
         for method in tqdm(chosen, desc=f"shift test, layer {layer}", unit="method"):
-            nothing = {"nothing": Removal(torch.zeros_like(h), torch.zeros_like(h))}
-            taken = trial.removals(method) | nothing
+            taken = trial.removals(method) | {"nothing": Removal(torch.zeros_like(h), torch.zeros_like(h))}
             for removed, way in removals:
                 moves = removed in ("concept", "random code") and not method.directions     # a point among the states
                 vector, offset = taken[removed]
@@ -3317,112 +3274,93 @@ def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1
                 for probe, chances in (("retrained", score(again, x, trial.folds)),
                                        ("moved", score(frozen, x - shifts + mean, trial.folds))):
                     correct = (chances.argmax(2) == trial.labels).double().numpy()          # (G, S)
-                    accuracy = pd.DataFrame([interval(row) for row in correct @ weights.T / len(h)])
+                    accuracy, low, high = zip(*(interval(row)[:3] for row in correct @ weights.T / len(h)), strict=True)
                     parts.append(pd.DataFrame({
                         "method": method.name, "layer": layer, "seed": trial.config.seed, "removed": removed,
                         "way": "none" if removed == "nothing" else way, "probe": probe,
                         "shift": [size for size, _ in named], "direction": [i for _, i in named],
-                        "size": (shifts[:, 0].norm(dim=1) / spread).tolist(), "accuracy": accuracy["value"],
-                        "low": accuracy["low"], "high": accuracy["high"]}))
+                        "size": (shifts[:, 0].norm(dim=1) / spread).tolist(),
+                        "accuracy": accuracy, "low": low, "high": high}))
     return pd.concat(parts, ignore_index=True)
 
 
-class Edit(NamedTuple):
-    """Removals from the states of a language model, for P pairs of a sentence and what it loses."""
-
-    sentences: Int[Tensor, "P"]
-    removal: Removal
-    way: Way
-    everywhere: bool
-    """Whether every position of the sentence is changed, or the summary alone."""
-    direction: Tensor | Removal | None = None
-    """What is taken away instead, and as much of it (`remove_as_much`): (P, D), or as another removal does."""
-
-    def apply(self, states: Float[Tensor, "p T D"], centre: Float[Tensor, "p T D"],
-              pairs: Int[Tensor, "p"]) -> Float[Tensor, "p T D"]:
-        """The states of the sentences of these pairs, changed at each position."""
-        def without(removal: Removal) -> Tensor:
-            vector, offset = (part[pairs][:, None].to(states.device) for part in removal)
-            return remove(states, Removal(vector, offset), self.way, centre)
-
-        if self.direction is None:
-            return without(self.removal)
-        if isinstance(self.direction, Removal):
-            return remove_as_much(states, without(self.removal), states - without(self.direction))
-        return remove_as_much(states, without(self.removal), self.direction[pairs][:, None].to(states.device))
-
-
 @torch.no_grad()
-def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: Centres, edits: Sequence[Edit],
-                  config: Config) -> tuple[Float[Tensor, "S C"], list[Float[Tensor, "P C"]]]:
-    """The model's logits for its states of a layer as they are, and for each edit of them: changed states go back in,
-    and the blocks above run. Centred removals are around the mean word state, at summaries the mean summary."""
-    encoded = encode(lm, texts, config)
-    own = torch.empty(len(texts), lm.model.config.num_labels)
-    edited = [torch.empty(len(edit.sentences), own.shape[1]) for edit in edits]
+def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: Centres, sentences: Int[Tensor, "P"],
+                  edit: Callable[..., Iterable[tuple[tuple, Tensor]]], config: Config,
+                  places: Sequence[str] = ("summary", "every position")
+                  ) -> tuple[Float[Tensor, "S C"], dict[tuple, Float[Tensor, "P C"]]]:
+    """The model's logits for its states of a layer as they are, and for P edits of the states of ``sentences`` put back
+    for the blocks above, by name and place.
+
+    ``edit(states, centre, pairs)`` gives names and changed states, from states and the mean summary or word state at
+    each position (p, T, D), and which of the P they are (p,).
+    """
+    encoded, own = encode(lm, texts, config), torch.empty(len(texts), lm.model.config.num_labels)
+    edited: dict[tuple, Tensor] = {}
     for batch in tqdm(length_batches(encoded.offsets.diff(), config.batch_tokens), desc="in the model", unit="batch"):
         ids, mask = pad_ids(lm, encoded, batch)
         together, summary = max(1, config.batch_tokens // ids.shape[1]), lm.summary_at(mask)
-        everywhere, alone = text_positions(lm, encoded, batch), torch.zeros_like(mask)
-        alone[summary] = True
+        positions = {"summary": torch.zeros_like(mask), "every position": text_positions(lm, encoded, batch)}
+        positions["summary"][summary] = True
         with autocast(lm.device, config.inference_precision):
             states = layer_states(lm, [layer], ids, mask)[layer].float()                    # (B, T, D)
             middle = centres.word.to(lm.device).expand_as(states).clone()
             middle[summary] = centres.summary.to(lm.device)
             with blocks_above(lm, layer) as answer:
                 own[batch] = answer(states, mask).cpu()
-                for edit, logits in zip(edits, edited, strict=True):
-                    positions = everywhere if edit.everywhere else alone
-                    lines, pairs = (batch[:, None] == edit.sentences).nonzero(as_tuple=True)
-                    for line, pair in zip(lines.split(together), pairs.split(together), strict=True):
-                        changed = edit.apply(states[line], middle[line], pair)
-                        changed = torch.where(positions[line][..., None], changed, states[line])
+                lines, pairs = (batch[:, None] == sentences).nonzero(as_tuple=True)
+                for line, pair in zip(lines.split(together), pairs.split(together), strict=True):
+                    for (name, changed), place in itertools.product(edit(states[line], middle[line], pair), places):
+                        changed = torch.where(positions[place][line][..., None], changed, states[line])
+                        logits = edited.setdefault((*name, place), torch.empty(len(sentences), own.shape[1]))
                         logits[pair] = answer(changed, mask[line]).cpu()
     return own, edited
 
 
 def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Sequence[str], config: Config,
              ways: Sequence[Way] = ("projection", "centred"), controls: Sequence[str] = ()) -> pd.DataFrame:
-    """What the language model itself answers when the concept of the salient word is taken out of its states.
+    """What the language model itself answers when the concept of the salient word, or one of the ``controls`` of
+    `Trial.variants`, is taken out of its states: at the summary alone, or at every position (column where).
 
-    Out of the summary position alone, or of every position of the sentence (column where). ``controls`` are those of
-    `Trial.variants`. A row a sentence: seed, sentence, label, predicted, correct, flipped (not the model's own answer),
-    confidence (change of the probability of the model's own answer), kl (nats, from the model's own distribution to the
-    changed one).
+    A row per sentence: method, layer, removed, way, where, seed, sentence, label, predicted, correct, flipped (not the
+    model's own answer), confidence (change of the probability of the model's own answer), kl (nats, from the model's
+    own distribution to the changed one).
     """
-    tables, sentences = {}, torch.arange(len(texts))
+    tables, sentences, names = {}, torch.arange(len(texts)), dict.fromkeys(("concept", *controls))
     for layer in dict.fromkeys(method.layer for method in methods):
-        edits: dict[tuple[int, str, str, str], Edit] = {}
+        removals = {i: trial.removals(method) for i, method in enumerate(methods) if method.layer == layer}
         noise = torch.randn(trial.summaries(layer).shape, generator=trial.draw("in model"))
-        for i, method in enumerate(methods):
-            if method.layer == layer:
-                removals = trial.removals(method)
-                directions: dict[str, Any] = {"matched norm": noise, EQUAL_NORM: removals["random code"]}
-                for name, way in itertools.product(dict.fromkeys(("concept", *controls)), ways):
-                    if removal := removals["concept"] if name in directions else removals.get(name):
-                        edits |= {(i, name, way, where): Edit(sentences, removal, way, everywhere, directions.get(name))
-                                  for where, everywhere in (("summary", False), ("every position", True))}
-        own, edited = answer_edited(lm, texts, layer, trial.centre(layer), list(edits.values()), config)
+
+        def edit(states: Tensor, centre: Tensor, pairs: Tensor, removals: Any = removals,
+                 noise: Tensor = noise) -> Iterator[tuple[tuple, Tensor]]:
+            for (i, parts), way in itertools.product(removals.items(), ways):
+                taken = {name: Removal(*(part[pairs][:, None].to(states.device) for part in removal))
+                         for name, removal in parts.items() if name in {*names, "random code"}}
+                changed = remove_each(states, taken, way, centre, noise[pairs][:, None].to(states.device))
+                yield from (((i, name, way), changed[name]) for name in names if name in changed)
+
+        own, edited = answer_edited(lm, texts, layer, trial.centre(layer), sentences, edit, config)
         before, choice = own.log_softmax(1), own.argmax(1)
-        for (i, name, how, where), logits in zip(edits, edited, strict=True):
+        for (i, name, way, place), logits in edited.items():
             after, predicted = logits.log_softmax(1), logits.argmax(1)
-            tables[i, name, how, where] = pd.DataFrame({
-                "method": methods[i].name, "layer": layer, "removed": name, "way": how, "where": where,
+            tables[i, name, way, place] = pd.DataFrame({
+                "method": methods[i].name, "layer": layer, "removed": name, "way": way, "where": place,
                 "seed": trial.config.seed, "sentence": sentences.numpy(), "label": trial.labels.numpy(),
                 "predicted": predicted.numpy(), "correct": (predicted == trial.labels).numpy(),
                 "flipped": (predicted != choice).numpy(),
                 "confidence": (after.exp() - before.exp())[sentences, choice].numpy(),
                 "kl": (before.exp() * (before - after)).sum(1).numpy()})
-    return pd.concat([tables[key] for key in sorted(tables, key=lambda key: key[0])], ignore_index=True)
+    order = itertools.product(range(len(methods)), names, ways, ("summary", "every position"))
+    return pd.concat([tables[key] for key in order if key in tables], ignore_index=True)
 
 
 def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tokens: pd.DataFrame, centres: Centres,
                     use: Float[np.ndarray, "K"], config: Config, controls: int = 3) -> pd.DataFrame:
-    """The language model's own answer when a concept is taken out of every position of a sentence, around the mean.
+    """The language model's own answer when a concept is taken out of every position of a sentence, around the mean:
+    each concept of its words (column concept of ``tokens``), and ``controls`` others drawn in proportion to ``use``.
 
-    ``tokens`` has the positions of the texts and a column concept. Each concept of a sentence's words is tried, and
-    ``controls`` random others, drawn in proportion to ``use`` (how many states each has). A row each: sentence,
-    concept, control, confidence (change of the probability of the model's own answer), flipped (another answer).
+    A row each: sentence, concept, control, confidence (change of the probability of the model's own answer), flipped
+    (another answer).
     """
     draw = torch.Generator().manual_seed(config.seed)
     others = torch.multinomial(torch.as_tensor(use).double(), len(texts) * controls, True, generator=draw).numpy()
@@ -3430,17 +3368,20 @@ def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tok
     pairs = pd.concat([tokens.loc[~tokens["is_summary"], ["sentence", "concept"]].assign(control=False), random])
     pairs = pairs.drop_duplicates(["sentence", "concept"]).sort_values("sentence", kind="stable", ignore_index=True)
     sentences, concepts = (torch.from_numpy(pairs[name].to_numpy(copy=True)) for name in ("sentence", "concept"))
-    vectors = model.vectors.cpu()[concepts]
-    removal = Removal(vectors, vectors - model.centre.cpu())
-    own, (edited,) = answer_edited(lm, texts, model.layer, centres, [Edit(sentences, removal, "centred", True)], config)
-    before, choice = own.softmax(1)[sentences], own.argmax(1)[sentences]
-    change = (edited.softmax(1) - before).gather(1, choice[:, None])[:, 0]
-    return pairs.assign(confidence=change.numpy(), flipped=(edited.argmax(1) != choice).numpy())
+    offsets = model.vectors.cpu()[concepts] - model.centre.cpu()
+
+    def edit(states: Tensor, centre: Tensor, rows: Tensor) -> list[tuple[tuple, Tensor]]:
+        return [((), centre + ablate(states - centre, offsets[rows][:, None].to(states.device)))]
+
+    own, edited = answer_edited(lm, texts, model.layer, centres, sentences, edit, config, ["every position"])
+    before, choice, after = own.softmax(1)[sentences], own.argmax(1)[sentences], edited["every position",]
+    change = (after.softmax(1) - before).gather(1, choice[:, None])[:, 0]
+    return pairs.assign(confidence=change.numpy(), flipped=(after.argmax(1) != choice).numpy())
 
 
 def overlaps(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K K"]:
-    """For each code and each of another codebook: the share, among positions that have either of the two, of those that
-    have both (Jaccard). 0 for a code without positions."""
+    """For each code and each of another codebook: among positions that have either, the share of those that have both
+    (Jaccard). 0 for a code without positions."""
     both = torch.bincount(codes * n_codes + others, minlength=n_codes**2).view(n_codes, n_codes).double()
     return both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp_min(1)
 
@@ -3451,31 +3392,26 @@ def agreement(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -
 
 
 def matched(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K"]:
-    """`agreement` when each code has a partner of its own in the other codebook, as well as can be (Hungarian)."""
-    from scipy.optimize import linear_sum_assignment
-
+    """`agreement` when each code has a partner to itself in the other codebook, by the best matching (Hungarian)."""
     shares = overlaps(codes, others, n_codes)
-    return shares[linear_sum_assignment(shares.numpy(), maximize=True)]
-
-
-VARIANT = ["method", "layer", "removed", "way", "probe", "where", "n"]
-"""Columns that tell one variant of the test from another, where results have them."""
+    return shares[scipy.optimize.linear_sum_assignment(shares.numpy(), maximize=True)]
 
 
 def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mapping[str, Any] = "nothing",
               values: Sequence[str] = ("accuracy", "flipped")) -> pd.DataFrame:
-    """A row a variant: means over sentences and seeds, each with its 95 % `interval` (columns …_low and …_high).
+    """A row per variant: means over sentences and seeds, each with its 95 % `interval` (columns …_low and …_high).
 
     ``values`` are accuracy, auc (one class against the others, mean over classes) or any column of the results. covers
     says what the intervals cover; accuracy_sd_seeds is the deviation over seeds, accuracy_sd_folds the paper's, over
-    folds. change: accuracy less that of the same variant with ``against`` removed (or with these values in the columns
-    that tell variants apart), paired by sentence and by the seeds that both have; missing where there is none.
-    change_p_holm is its p value (change_p), adjusted for all the changes of the table.
+    folds. change: accuracy less that of the same variant with ``against`` removed, or with these values in the columns
+    that tell variants apart, paired by sentence and shared seeds. change_p_holm: its p-value (change_p) adjusted for
+    all the changes of the table.
     """
-    keys, sentences = [name for name in VARIANT if name in results], results["sentence"].nunique()
+    keys = [name for name in ("method", "layer", "removed", "way", "probe", "where", "n") if name in results]
+    sentences = results["sentence"].nunique()
     weights = resamples(sentences, config)
     classes = sum(bool(re.fullmatch(r"p\d+", str(name))) for name in results)
-    tested = range(classes)[classes == 2:]                                                  # of two classes, the second
+    positives = [1] if classes == 2 else range(classes)
     rows: dict[tuple, dict[str, Any]] = {}
     correct: dict[tuple, pd.DataFrame] = {}
     for key, part in results.groupby(keys, sort=False, observed=True):
@@ -3487,11 +3423,11 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
         row: dict[str, Any] = {"seeds": len(seeds)}
         for value in values:
             if value == "auc":
-                areas = [[auc(columns[f"p{c}"][i], labels == c, weights) for c in tested]
-                         for i, labels in enumerate(columns["label"])]
-                estimate = interval(np.mean(areas, 1))
+                statistics = np.mean([[auc(columns[f"p{c}"][i], labels == c, weights) for c in positives]
+                                      for i, labels in enumerate(columns["label"])], axis=1)
             else:
-                estimate = interval(columns[value] @ weights.T / sentences)
+                statistics = columns[value] @ weights.T / sentences
+            estimate = interval(statistics)
             row |= {**estimate.columns(value), "covers": estimate.covers}
         row["accuracy_sd_seeds"] = correct[key].mean(axis=1).std()
         if "fold" in part:
@@ -3512,19 +3448,17 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
 
 
 def removal_table(results: pd.DataFrame, config: ProbeSettings, way: Way = "projection") -> pd.DataFrame:
-    """For people: what removing the salient concept costs the probe, a row a method and layer, with 95 % intervals; the
-    differences are paired. ``results`` as of `faithfulness`, of one seed or several."""
-    wanted = {"probe": ["frozen"], "removed": ["nothing", "concept", "random code"], "way": ["none", way]}
-    chosen = results[np.logical_and.reduce([results[name].isin(values) for name, values in wanted.items()])]
-    nothing, code = (summarise(chosen, config, against=other).query("removed == 'concept'").to_dict("records")
+    """For people: what removing the salient concept costs the probe, a row per method and layer, with 95 % intervals;
+    the differences are paired. ``results`` as of `faithfulness`, of one seed or several."""
+    results = results[(results["probe"] == "frozen") & results["way"].isin(["none", way])
+                      & results["removed"].isin(["nothing", "concept", "random code"])]
+    nothing, code = (summarise(results, config, against=other).query("removed == 'concept'").reset_index(drop=True)
                      for other in ("nothing", "random code"))
-    return pd.DataFrame([{
-        "method": row["method"], "layer": row["layer"],
-        "without the concept": interval_text(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
-        "sd over seeds": interval_text(row["accuracy_sd_seeds"], math.nan, math.nan),
-        "against nothing removed": interval_text(row["change"], row["change_low"], row["change_high"], sign=True),
-        "against a random code": interval_text(gap["change"], gap["change_low"], gap["change_high"], sign=True),
-    } for row, gap in zip(nothing, code, strict=True)])
+    return nothing[["method", "layer"]].assign(**{
+        "without the concept": interval_cells(nothing, "accuracy"),
+        "sd over seeds": [interval_text(deviation, math.nan, math.nan) for deviation in nothing["accuracy_sd_seeds"]],
+        "against nothing removed": interval_cells(nothing, "change", sign=True),
+        "against a random code": interval_cells(code, "change", sign=True)})
 
 
 def rationale_words(text: str, rationale: str, how: str = "unicode") -> range:
@@ -3536,7 +3470,7 @@ def rationale_words(text: str, rationale: str, how: str = "unicode") -> range:
 
 def rationale_overlap(tokens: pd.DataFrame, texts: Sequence[str], rationales: Sequence[str],
                       how: str = "unicode") -> pd.DataFrame:
-    """Does the most salient word lie in the span that people marked as evidence? A row a sentence whose span is found
+    """Does the most salient word lie in the span that people marked as evidence? A row per sentence whose span is found
     and is not all of it: sentence, hit, chance (share of words in the span), first (hit of its first word), last."""
     words, rows = tokens[~tokens["is_summary"]], []
     top = words.loc[words.groupby("sentence")["salience"].idxmax()].set_index("sentence")["position"] - 1
@@ -3548,11 +3482,9 @@ def rationale_overlap(tokens: pd.DataFrame, texts: Sequence[str], rationales: Se
 
 
 def planted_task(sentences: int, n_codes: int, width: int, mean: float, seed: int) -> tuple[Trial, Concepts]:
-    """A simulated task whose causal concepts are known: class c is there exactly where concept c is (c = 0, 1).
-
-    Each sentence has one of the two and three of the others, whose lengths differ; a summary is the sum of its concepts
-    plus noise plus ``mean`` (in lengths of the sum) times a constant vector; a word is its concept plus the constant.
-    """
+    """A simulated task whose causal concepts are known: class c occurs exactly where concept c does (c = 0, 1). Each
+    sentence has one of the two and three of the others, whose lengths differ; a word is its concept plus a constant,
+    ``mean`` lengths of a summary long, and a summary the sum of its concepts plus noise plus the constant."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.arange(sentences) % 2
     length = torch.cat([torch.ones(2), 0.5 + 2 * torch.rand(n_codes - 2, generator=draw)])
@@ -3574,8 +3506,8 @@ def planted_task(sentences: int, n_codes: int, width: int, mean: float, seed: in
 
 def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1),
                 ways: Sequence[Way] = get_args(Way)) -> pd.DataFrame:
-    """Each concept in turn is taken out of every summary: a row a way and value (fall of the accuracy, of the area
-    under the ROC curve): best rank of the causal ones among all K (1 is best), and their lead over the best other."""
+    """Each concept in turn is taken out of every summary: a row per way and value (accuracy, area under the ROC curve)
+    with the best rank of the causal ones among all K by its fall (1 is best), and their lead over the best other."""
     h, mean, rows = trial.summaries(method.layer), trial.centre(method.layer).summary, []
     removals = {k: trial.of_codes(method, torch.full((len(h),), k), trial.salient) for k in range(len(method.vectors))}
     for way in ways:
@@ -4460,9 +4392,7 @@ class Pipeline:
                    "training_seconds": history["seconds"].sum()}
         held_out = acts.rows(split_sentences(len(acts.lengths), self.config)[1])
         values |= sampling(model, acts.states[self.layers[0]][held_out]) | references(model, acts, self.config)
-        variants = trial.variants(model, ("projection", "centred"))
-        variants = {("nothing", "none"): trial.summaries(self.layers[0])} | variants
-        results = trial.results(model, variants, ("removed", "way"))
+        results = trial.results(model, trial.variants(model, ("projection", "centred")), ("removed", "way"))
         for row in summarise(results, self.config.replace(bootstrap=1)).to_dict("records"):
             names = "nothing" if row["removed"] == "nothing" else f"{row['removed']} {row['way']}"
             values |= {f"{value} {names}": row[value] for value in ("accuracy", "accuracy_sd_folds", "flipped")}
