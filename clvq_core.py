@@ -1634,39 +1634,31 @@ def nearest(x: Float[Tensor, "N D"], centres: Float[Tensor, "K D"],
     return torch.cat(labels), torch.cat(distances)
 
 
-def seed_centres(x: Float[Tensor, "N D"], k: int, generator: torch.Generator) -> Float[Tensor, "K D"]:
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007): each centre is the best of 2 + log k rows drawn by distance."""
-    trials = 2 + int(math.log(k))
+def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Generator,
+           spherical: bool = False) -> tuple[Float[Tensor, "K D"], Int[Tensor, "N"]]:
+    """Centres and the cluster of each row, by greedy k-means++ (Arthur & Vassilvitskii 2007) and Lloyd's iterations.
+    ``spherical``: all have unit length, so that the nearest centre has the highest cosine (Dhillon & Modha 2001)."""
+    x = F.normalize(x, dim=1) if spherical else x
     squares = x.square().sum(1)
-    first = torch.randint(len(x), (1,), generator=generator).to(x.device)
-    closest = nearest(x, x[first])[1]                                       # (N,) squared distance to the nearest
-    chosen = [first]
-    for _ in range(k - 1):
+    chosen = [torch.randint(len(x), (1,), generator=generator).to(x.device)]
+    closest = nearest(x, x[chosen[0]])[1]                                   # (N,) squared distance to a chosen row
+    for _ in range(k - 1):                                                  # the best of a few rows drawn by distance
         cumulative = closest.double().cumsum(0)
-        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
+        draws = torch.rand(2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, draws).clamp_max_(len(x) - 1)
         gaps = torch.addmm(squares[candidates], x, x[candidates].T, alpha=-2).add_(squares[:, None]).clamp_min_(0)
-        gaps = torch.minimum(gaps, closest[:, None])                                        # (N, trials)
+        gaps = torch.minimum(gaps, closest[:, None])                        # (N, candidates)
         best = gaps.sum(0).argmin()
         closest = gaps[:, best]
         chosen.append(candidates[best][None])
-    return x[torch.cat(chosen)]
+    centres = x[torch.cat(chosen)]
 
-
-def kmeans(x: Float[Tensor, "N D"], k: int, iterations: int, generator: torch.Generator,
-           spherical: bool = False) -> tuple[Float[Tensor, "K D"], Int[Tensor, "N"]]:
-    """Centres and the cluster of each row, by k-means++ and Lloyd's iterations; an empty cluster keeps its centre.
-    ``spherical``: all have unit length, so that the nearest centre has the highest cosine (Dhillon & Modha 2001)."""
-    if spherical:
-        x = F.normalize(x, dim=1)
-    centres = seed_centres(x, k, generator)
     labels = nearest(x, centres)[0]
     for _ in range(iterations):
-        sums = torch.zeros_like(centres).index_add_(0, labels, x)
-        counts = labels.bincount(minlength=k)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
-        if spherical:
-            centres = F.normalize(centres, dim=1)
+        counts = labels.bincount(minlength=k)[:, None]
+        means = torch.zeros_like(centres).index_add_(0, labels, x) / counts.clamp_min(1)
+        centres = torch.where(counts > 0, means, centres)                   # an empty cluster keeps its centre
+        centres = F.normalize(centres, dim=1) if spherical else centres
         before, labels = labels, nearest(x, centres)[0]
         if torch.equal(before, labels):
             break
@@ -1685,9 +1677,8 @@ def start_codebook(states: Float[Tensor, "N D"], settings: ModelSettings, genera
         codes = states[rows[torch.randperm(len(rows), generator=generator)[:k]]].float().to(device)
     else:
         most = max(k, min(MAX_POINTS_PER_CODE * k, MAX_NUMBERS // states.shape[1]))
-        sample = rows
-        if len(rows) > most:
-            sample = rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
+        few = len(rows) <= most
+        sample = rows if few else rows[torch.randperm(len(rows), generator=generator)[:most].sort().values]
         codes, _ = kmeans(states[sample].to(device).float(), k, settings.start_iterations, generator, spherical)
     counts, lengths = torch.zeros(2, k, device=device)
     for block in blocks(states, rows):
@@ -1725,8 +1716,6 @@ class AdaptiveResidualEncoder(nn.Module):
 
 
 class Quantized(NamedTuple):
-    """What the quantiser returns."""
-
     vectors: Float[Tensor, "N D"]           # the chosen code of every state; gradients pass straight through
     codes: Int[Tensor, "N"]                 # its index
     commitment: Float[Tensor, ""]           # mean squared difference of states and codes; it moves the states only
@@ -1745,8 +1734,8 @@ class Quantizer(nn.Module):
         self.counts, self.sums = nn.Buffer(torch.ones(k)), nn.Buffer(torch.zeros(k, width))
 
     def start(self, codes: Float[Tensor, "K D"], counts: Float[Tensor, "K"]) -> None:
-        """Set codes, and averages as if ``counts`` states had been seen, so that the first update keeps the codes. With
-        `start_in` "averages", only codes without states are set, as no average will move them."""
+        """Set codes, and averages as if ``counts`` states had been seen, so that the first update keeps the codes.
+        If `start_in` is "averages", only codes without states are set, as no average will move them."""
         unset = (counts[:, None] > 0) & (self.settings.start_in == "averages")
         self.codebook.copy_(torch.where(unset, self.codebook, codes))
         self.counts.copy_(counts)
@@ -1792,7 +1781,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "N D"], codes: Int[Tensor, "N"]) -> None:
-        """Move the averages one step towards the states assigned to each code; after the loss, whose codes it moves.
+        """Move the averages one step towards the states assigned to each code. Call it after the backward pass.
         A code that no state takes rests once its count is so low that smoothing would draw it to the origin."""
         z, step = z.float(), 1 - self.settings.ema_decay
         counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(z[:, 0]))   # bincount would wait
@@ -1809,31 +1798,18 @@ class Quantizer(nn.Module):
         self.codebook.copy_(torch.where(moves[:, None], self.sums / self.smoothed()[:, None], self.codebook))
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Each number becomes 0 with probability p (to within 1 / 65,536), or is divided by 1 - p. On a CPU four share a
-    random draw: PyTorch's own, one draw a number, takes an eighth of a training step."""
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-    return x * (draws[:x.numel()].view_as(x) >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
-
-
 def round_up(n: int, multiple: int) -> int:
     """The lowest multiple that is at least n. A CPU keeps memory for each size of product, so let there be few."""
     return -(-n // multiple) * multiple
 
 
-class Layout(NamedTuple):
-    """Where N packed rows, one sentence after the other, go in L lines of T places that sentences share."""
+class Layout:
+    """Where N packed rows, one sentence after the other, go in L lines of T places that sentences share.
 
-    shape: tuple[int, int]                  # (L, T)
-    places: Int[Tensor, "N"]                # each row's place among the L T
-    same_sentence: Bool[Tensor, "L 1 T T"]  # whether two places of a line belong to one sentence (or both to none)
-    visible: Bool[Tensor, "L 1 T T"]        # the same, less what `ModelSettings.mask` hides
+    The longest sentence is placed first, and each goes to the first line with room for it.
+    """
 
-    @classmethod
-    def first_fit(cls, lengths: Int[Tensor, "B"], mask: str, device: torch.device) -> Layout:
-        """The longest sentence first, each in the first line with room for it."""
+    def __init__(self, lengths: Int[Tensor, "B"], mask: str, device: torch.device) -> None:
         sizes, line_size = lengths.tolist(), round_up(int(lengths.max()), 32)
         room: list[int] = []                                                # free places of each line
         starts = [0] * len(sizes)                                           # each sentence's first place among the L T
@@ -1845,19 +1821,14 @@ class Layout(NamedTuple):
             room[line] -= sizes[i]
         sentences = torch.arange(len(sizes)).repeat_interleave(lengths)     # (N,)
         places = torch.arange(len(sentences)) + (torch.tensor(starts) - lengths.cumsum(0) + lengths)[sentences]
-        lines = torch.full((round_up(len(room), 4), 1, line_size), -1)      # (L, 1, T)
+        lines = torch.full((round_up(len(room), 4), 1, line_size), -1)      # (L, 1, T) the sentence at each place
         lines.view(-1)[places] = sentences
         same = lines[..., None] == lines[..., None, :]                      # (L, 1, T, T)
         visible = {"causal": same.tril(), "anticausal": same.triu(), "none": same}[mask]
-        return cls((len(lines), line_size), places.to(device), same.to(device), visible.to(device))
-
-    def pad(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "L T D"]:
-        """Rows at their places, 0 elsewhere."""
-        return x.new_zeros(math.prod(self.shape), x.shape[1]).index_copy(0, self.places, x).view(*self.shape, -1)
-
-    def pack(self, x: Float[Tensor, "L T D"]) -> Float[Tensor, "N D"]:
-        """The reverse of `pad`."""
-        return x.flatten(0, 1).index_select(0, self.places)
+        self.shape = (len(lines), line_size)            # (L, T)
+        self.places = places.to(device)                 # (N,) each row's place among the L T
+        self.same_sentence = same.to(device)            # whether two places belong to one sentence, or both to none
+        self.visible = visible.to(device)               # the same, less what the mask hides
 
 
 class Decoder(nn.Module):
@@ -1881,38 +1852,33 @@ class Decoder(nn.Module):
         self.settings = settings
 
     def dropout(self, x: Tensor) -> Tensor:
-        return dropout(x, self.settings.dropout) if self.training and self.settings.dropout else x
+        """`F.dropout`. On a CPU four numbers share a draw of 64 bits (each is dropped with the right probability to
+        within 1 / 65,536), as one draw a number takes an eighth of a training step."""
+        p = self.settings.dropout
+        if x.device.type != "cpu" or not (self.training and p):
+            return F.dropout(x, p, self.training)
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        return x * (draws[:x.numel()].view_as(x) >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
 
-    def attend(self, attention: Any, x: Float[Tensor, "N D"], memory: Float[Tensor, "N D"], layout: Layout,
-               mask: Bool[Tensor, "L 1 T T"]) -> Float[Tensor, "N D"]:
-        """Multi-head attention from x to the memory, with the weights of an `nn.MultiheadAttention`."""
+    def attend(self, attention: Any, memory: Float[Tensor, "N D"] | None, layout: Layout,
+               mask: Bool[Tensor, "L 1 T T"], x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """Multi-head attention from x to the memory (none: x), with the weights of an `nn.MultiheadAttention`."""
         width, heads = x.shape[1], self.settings.decoder_heads
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        if memory is x:
-            projected = [F.linear(x, weight, bias)]
+        if memory is None:
+            projected = [F.linear(x, weight, bias)]                         # (N, 3 D)
         else:
             (q_weight, kv_weight), (q_bias, kv_bias) = (part.split([width, 2 * width]) for part in (weight, bias))
             projected = [F.linear(x, q_weight, q_bias), F.linear(memory, kv_weight, kv_bias)]
-        lines = (layout.pad(rows).unflatten(2, (-1, heads, width // heads)) for rows in projected)
+        lines = (rows.new_zeros(math.prod(layout.shape), rows.shape[1]).index_copy(0, layout.places, rows)
+                 .view(*layout.shape, -1, heads, width // heads) for rows in projected)
         q, k, v = (part for parts in lines for part in parts.permute(2, 0, 3, 1, 4))        # (L, H, T, D / H) each
         if x.device.type == "cpu":                          # for short sentences faster than PyTorch's function
             scores = (q @ (k * (width // heads) ** -0.5).transpose(2, 3)).masked_fill(~mask, -math.inf)
             mixed = self.dropout(scores.softmax(-1)) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, self.settings.dropout if self.training else 0.0)
-        return attention.out_proj(layout.pack(mixed.transpose(1, 2).flatten(2)))
-
-    def run_layer(self, layer: Any, x: Float[Tensor, "N D"], memory: Float[Tensor, "N D"],
-                  layout: Layout) -> Float[Tensor, "N D"]:
-        """What `nn.TransformerDecoderLayer.forward` does: self-attention, cross-attention, feed-forward."""
-        def add(x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
-            if self.settings.norm_first:
-                return x + self.dropout(part(norm(x)))
-            return norm(x + self.dropout(part(x)))
-
-        x = add(x, layer.norm1, lambda x: self.attend(layer.self_attn, x, x, layout, layout.visible))
-        x = add(x, layer.norm2, lambda x: self.attend(layer.multihead_attn, x, memory, layout, layout.same_sentence))
-        return add(x, layer.norm3, lambda x: layer.linear2(self.dropout(layer.linear1(x).relu())))
+        return attention.out_proj(mixed.transpose(1, 2).reshape(-1, width).index_select(0, layout.places))
 
     def forward(self, queries: Float[Tensor, "N D"], memory: Float[Tensor, "N D"],
                 lengths: Int[Tensor, "B"]) -> Float[Tensor, "N D2"]:
@@ -1920,15 +1886,18 @@ class Decoder(nn.Module):
         if fill := round_up(n, 32) - n:                                     # one more sentence, of zeros
             lengths = F.pad(lengths, (0, 1), value=fill)
             queries, memory = F.pad(queries, (0, 0, 0, fill)), F.pad(memory, (0, 0, 0, fill))
-        x, layout = queries, Layout.first_fit(lengths, self.settings.mask, queries.device)
-        for layer in self.layers:
-            x = self.run_layer(layer, x, memory, layout)
+        x, layout = queries, Layout(lengths, self.settings.mask, queries.device)
+        layer: Any
+        for layer in self.layers:                                           # what PyTorch's layers do in their forward
+            parts = ((layer.norm1, partial(self.attend, layer.self_attn, None, layout, layout.visible)),
+                     (layer.norm2, partial(self.attend, layer.multihead_attn, memory, layout, layout.same_sentence)),
+                     (layer.norm3, lambda x, layer=layer: layer.linear2(self.dropout(layer.linear1(x).relu()))))
+            for norm, part in parts:
+                x = x + self.dropout(part(norm(x))) if self.settings.norm_first else norm(x + self.dropout(part(x)))
         return self.out(self.norm(x))[:n]
 
 
 class Output(NamedTuple):
-    """What CLVQ-VAE returns."""
-
     reconstruction: Float[Tensor, "N D2"]   # predicted target states, in standard deviations if these are standardised
     encoded: Float[Tensor, "N D"]           # encoder outputs z, which the quantiser saw
     quantized: Quantized
@@ -1942,11 +1911,11 @@ def load_tensors(path: Path, expected: Mapping[str, Tensor], device: str = "cpu"
     try:
         tensors = load_file(path, device)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape:
-            known = "has in another shape" if name in expected else "has beyond need"
-            raise ValueError(f"{path} {known if name in tensors else 'lacks'} the tensor {name}")
+            present = "has the wrong shape for" if name in expected else "has an unexpected"
+            raise ValueError(f"{path} {present if name in tensors else 'lacks'} tensor {name}")
     return tensors
 
 
@@ -1974,12 +1943,12 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
     def _from_pretrained(cls, **given: Any) -> CLVQVAE:
         try:
             return super()._from_pretrained(**given)
-        except TypeError as error:                                          # an argument too few or too many
+        except TypeError as error:                                          # an argument is missing or unexpected
             raise ValueError(f"config.json of {given['model_id']} does not describe a CLVQ-VAE: {error}") from error
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        """Always strict, where huggingface_hub's own leaves random what the file lacks."""
+        """Always strict; huggingface_hub's own leaves at random what the file lacks."""
         model.load_state_dict(load_tensors(Path(model_file), model.state_dict(), map_location))
         return model.to(map_location).eval()
 
@@ -2038,18 +2007,16 @@ class CLVQVAE(nn.Module, PyTorchModelHubMixin, library_name="clvq", tags=["inter
     def assign(self, states: Float[Tensor, "N D"], rows: int = 16384,
                generator: torch.Generator | None = None) -> Int[Tensor, "N"]:
         """The code nearest to each source state's encoding or, with a generator, one sampled as in training."""
-        quantizer, encodings = self.quantizer, self.encodings(states, size=rows)
-        codes = (quantizer.sample(z, generator) if generator else quantizer.nearest(z) for z in encodings)
-        return torch.cat([block.cpu() for block in codes])
+        choose = partial(self.quantizer.sample, generator=generator) if generator else self.quantizer.nearest
+        return torch.cat([choose(z).cpu() for z in self.encodings(states, size=rows)])
 
     def check(self, acts: Activations) -> None:
         """ValueError unless model, layers and width are those this was trained on."""
-        given = {"model": [acts.source["model"]], "width": [acts.source["width"]], "layer": acts.source["layers"]}
-        for kind, trained in (("model", self.model), ("layer", self.layer), ("layer", self.target_layer),
-                              ("width", len(self.encoding_mean))):
-            if trained not in given[kind]:
-                others = " or ".join(map(str, given[kind]))
-                raise ValueError(f"this CLVQ-VAE was trained on {kind} {trained}, not {others}")
+        layers, width = acts.source["layers"], len(self.encoding_mean)
+        for kind, trained, given in (("model", self.model, [acts.source["model"]]), ("layer", self.layer, layers),
+                                     ("layer", self.target_layer, layers), ("width", width, [acts.source["width"]])):
+            if trained not in given:
+                raise ValueError(f"this CLVQ-VAE was trained on {kind} {trained}, not {' or '.join(map(str, given))}")
 
 
 # ======================================================================================================================

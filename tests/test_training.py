@@ -165,10 +165,10 @@ def test_a_run_that_was_killed_goes_on_to_the_weights_of_one_that_was_not(tiny_a
 @pytest.mark.parametrize("name", ["model/quantizer.sums", "best/quantizer.codebook", "adam/0.exp_avg", "adam/3.step"])
 def test_a_checkpoint_that_lacks_a_tensor_or_has_one_of_another_size_is_refused(refused, tiny_acts, tiny_config, tmp_path, name):
     path = tmp_path / "checkpoint.safetensors"
-    clvq.train(tiny_acts, replace(tiny_config, epochs=2), LAYERS, tmp_path)
+    clvq.train(tiny_acts, tiny_config.replace(epochs=2), LAYERS, tmp_path)
     with safe_open(path, "pt") as file:
         tensors, record = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-    for fault, changed in {"lacks": None, "in another shape": torch.zeros(7, 7)}.items():
+    for fault, changed in {"lacks": None, "wrong shape": torch.zeros(7, 7)}.items():
         rest = {key: value for key, value in tensors.items() if key != name}
         save_file(rest if changed is None else {**rest, name: changed}, path, record)
         with refused("checkpoint.safetensors", fault, name):
@@ -191,14 +191,14 @@ torch.set_num_threads(1)
 pipeline = clvq.Pipeline(clvq.Config.from_json(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
-pipeline.train_folder(pipeline.layers)
+pipeline.run_folder
 """
 
 
 def kept_training(config: clvq.Config) -> tuple[clvq.Activations, tuple[int, int], Path | None]:
     """What a training in the cache starts from, its layers, and the folder it ends in."""
     pipeline = clvq.Pipeline(config)
-    return pipeline.activations("train"), pipeline.layers, pipeline.train_folder(pipeline.layers)
+    return pipeline.activations("train"), pipeline.layers, pipeline.run_folder
 
 
 @pytest.fixture(scope="module")
@@ -416,8 +416,8 @@ def test_the_targets_statistics_are_of_the_training_sentences_alone(tiny_acts, t
 
 
 def test_the_centre_is_the_mean_encoding_of_the_states_that_the_model_was_trained_on(tiny_acts, tiny_config, tmp_path):
-    model, _ = clvq.train(tiny_acts, replace(tiny_config, epochs=2, train_share=0.5), LAYERS)
-    rows = tiny_acts.rows(clvq.split_sentences(tiny_acts, replace(tiny_config, train_share=0.5))[0])
+    model, _ = clvq.train(tiny_acts, tiny_config.replace(epochs=2, train_share=0.5), LAYERS)
+    rows = tiny_acts.rows(clvq.split_sentences(len(tiny_acts.lengths), tiny_config.replace(train_share=0.5))[0])
     assert tiny_acts.tokens["is_summary"].to_numpy()[rows].any()
     with torch.no_grad():
         expected = model.encoder(tiny_acts.states[0][rows].float()).double().mean(0).float()
@@ -430,8 +430,8 @@ def test_the_centre_is_the_mean_encoding_of_the_states_that_the_model_was_traine
 @pytest.mark.gpu
 @pytest.mark.parametrize("chosen", [{}, dict(replace_dead=0.5, memory="shuffled", start="random", precision="bfloat16")])
 def test_training_on_a_gpu_finds_the_known_concepts_and_goes_on_from_a_checkpoint(synthetic, tiny_config, tmp_path, chosen):
-    acts, config = synthetic(sentences=400), replace(tiny_config, epochs=10, **chosen)
-    clvq.train(acts, replace(config, epochs=5), LAYERS, tmp_path)
+    acts, config = synthetic(sentences=400), tiny_config.replace(epochs=10, **chosen)
+    clvq.train(acts, config.replace(epochs=5), LAYERS, tmp_path)
     model, history = clvq.train(acts, config, LAYERS, tmp_path)
     assert model.device.type == "cuda" and history["epoch"].max() == 10
     codes = model.assign(acts.states[0], generator=seed()) if chosen else model.assign(acts.states[0])
