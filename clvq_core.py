@@ -1,9 +1,9 @@
 """CLVQ-VAE: discrete concepts between two layers of a language model, all in one module.
 
-A vector-quantised autoencoder reads the states of a lower layer, replaces each by one of K codes, and predicts the states
-of a higher layer. The codes are the concepts. Method: "Cross-Layer Discrete Concept Discovery for Interpreting Language
-Models"; "the authors" below are its authors, and "their code" is what they released. Where they and we differ, the
-docstring says how and why, and a setting offers their choice.
+A vector-quantised autoencoder reads the states of a lower layer, replaces each by one of K codes, and predicts the
+states of a higher layer. The codes are the concepts. Method: "Cross-Layer Discrete Concept Discovery for Interpreting
+Language Models"; "the authors" below are its authors, and "their code" is what they released. Where they and we differ,
+the docstring says how and why, and a setting offers their choice.
 
     config = configure("laptop", dataset="movies", model="minilm")
     pipeline = Pipeline(config)         # every step is computed once and cached on disk
@@ -18,8 +18,9 @@ Read it from top to bottom; nothing uses a name from a later section.
      6 activations          10 training                 14 human evaluation
                                                         15 steps, pipeline, sweeps
 
-Letters: B sentences in a batch, T positions, N real positions, D width, K codes, S sentences, F folds, C classes. Layers
-count as in ``hidden_states``: 0 is the embeddings, L the output of block L. Command line and web pages are in clvq_app.py.
+Letters: B sentences in a batch, T positions, N real positions, D width, K codes, S sentences, F folds, C classes.
+Layers count as in ``hidden_states``: 0 is the embeddings, L the output of block L. The command line and the web pages
+are in clvq_app.py.
 """
 # ======================================================================================================================
 # 2 Imports (heavy optional ones are inside functions)
@@ -67,7 +68,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from torch import Tensor, nn
 from tqdm import tqdm
 
-if TYPE_CHECKING:                                                           # shapes in signatures are for readers and mypy
+if TYPE_CHECKING:                                                           # shapes are for readers and mypy
     from jaxtyping import Bool, Float, Int
 
 __version__ = "0.1.0"
@@ -88,8 +89,8 @@ __all__ = [
     "concept_table", "top_words", "of_class", "log_odds", "word_table", "word_p_values", "surface_labels", "alignment",
     "Explanation", "transitions", "draw_flow", "word_cloud", "plot_style", "interval_text", "show_table", "glue",
     # 13 faithfulness
-    "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate", "remove",
-    "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects", "agreement",
+    "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate",
+    "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects", "agreement",
     "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank",
     # 14 human evaluation
     "outcomes", "make_study", "read_study", "study_answers", "rater_agreement", "simulated_answers", "items_needed",
@@ -2078,8 +2079,8 @@ def check_finite(loss: float, epoch: int, config: Config) -> None:
 
 
 def shuffled_batches(n: int, size: int, generator: torch.Generator, together: int = 1) -> list[Int[Tensor, "B"]]:
-    """Batches of n sentences in random order. ``together`` consecutive ones stay among the `BATCHES_PER_READ` batches that are read
-    at once, so that these lie in few stretches of the disk."""
+    """Batches of n sentences in random order. ``together`` consecutive ones stay among the `BATCHES_PER_READ` batches
+    that are read at once, so that these lie in few stretches of the disk."""
     stretches = torch.arange(n).split(together)
     order = torch.cat([stretches[i] for i in torch.randperm(len(stretches), generator=generator)])
     pools = [pool[torch.randperm(len(pool), generator=generator)] for pool in order.split(BATCHES_PER_READ * size)]
@@ -3724,10 +3725,10 @@ STEPS: dict[str, Step] = {}
 class Step:
     """Makes a method of `Pipeline` a step, whose result is computed once and kept on disk.
 
-    A step declares its ``version``, the ``settings`` it reads and its ``inputs``: the steps it reads from, and what comes
-    from outside. Its key (`StepCall.stable_key`) hashes these, so a result is served only for the same inputs all the way
-    down, and editing a comment or another step invalidates nothing. Whoever changes what a step computes raises its
-    version (a test notices if it was forgotten).
+    A step declares its ``version``, the ``settings`` it reads and its ``inputs``: the steps it reads from, and what
+    comes from outside. Its key (`StepCall.stable_key`) hashes these, so a result is served only for the same inputs all
+    the way down, and editing a comment or another step invalidates nothing. Whoever changes what a step computes raises
+    its version (a test notices if it was forgotten).
 
     A step without arguments is read like an attribute. With ``load``, the method writes its result to the folder it is
     given and ``load`` reads it back; otherwise the returned value is written by `write_result`.
@@ -3886,7 +3887,8 @@ def run_parallel(function: Callable[..., Any], calls: Sequence[Sequence[Any]], w
                        "resources": dict(resources or {}), "retries": retries}
         else:
             threads = threads or max(1, cores() // workers)
-            backend = {"backend": "loky", "n_jobs": workers, "inner_max_num_threads": threads, "idle_worker_timeout": 60}
+            backend = {"backend": "loky", "n_jobs": workers, "inner_max_num_threads": threads,
+                       "idle_worker_timeout": 60}
             variables["CLVQ_CACHE"] = str(cache_folder())
         for attempt in range(retries, -1, -1):
             jobs = [delayed(worker_call)(i, function, arguments, retries, threads, variables, step_versions())
@@ -3966,7 +3968,7 @@ def read_once(settings: CorpusSettings, _: str) -> pd.DataFrame:
 
 def load_vqvae(folder: Path) -> CLVQVAE:
     """The model that a run left in this folder, on the best device."""
-    with redirect_stdout(io.StringIO()):                                                    # huggingface_hub prints there
+    with redirect_stdout(io.StringIO()):                                    # huggingface_hub prints there
         return CLVQVAE.from_pretrained(folder).to(best_device())
 
 
@@ -4328,7 +4330,8 @@ class Pipeline:
         labels, predicted = self.labels("test"), torch.tensor(self.salience[1].to_numpy().argmax(1))
         train, test = self.activations("train", layers), self.activations("test", layers)
         trial = Trial(train, test, self.salience[0], labels, predicted, self.config)
-        trial.probes = cache(lambda layer: Probes(**self.probe_weights(layer, *layers)))    # type: ignore[method-assign]
+        trial.probes = cache(                                               # type: ignore[method-assign]
+            lambda layer: Probes(**self.probe_weights(layer, *layers)))
         return trial
 
     @cached_property
