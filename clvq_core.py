@@ -90,8 +90,8 @@ __all__ = [
     "Explanation", "transitions", "draw_flow", "word_cloud", "plot_style", "interval_text", "show_table", "glue",
     # 13 faithfulness
     "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate",
-    "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects", "agreement",
-    "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank",
+    "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects",
+    "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank",
     # 14 human evaluation
     "outcomes", "make_study", "read_study", "study_answers", "rater_agreement", "simulated_answers", "items_needed",
     # 15 steps, pipeline, sweeps
