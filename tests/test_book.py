@@ -51,7 +51,7 @@ def why_stale(twin: Path, notebook: Path) -> str:
     if [source(c) for c in cells(twin)] != [source(c) for c in cells(notebook)]:
         return f"{twin.name} in book/executed has other code than its notebook: run `make paper`"
     made = json.loads(twin.read_text("utf8"))["metadata"].get("clvq", {})
-    if notebook.name not in LONG and made.get("code") != clvq_app.notebook_key(notebook):
+    if notebook.name not in LONG and made.get("key") != clvq_app.notebook_key(notebook):
         return f"{twin.name} in book/executed was made by other code of clvq_core.py than today's: run `make paper`"
     return ""
 
@@ -95,7 +95,7 @@ def test_a_stale_twin_is_found_out(tmp_path):
     notebook, twin = tmp_path / "a.ipynb", tmp_path / "twin.ipynb"
     shutil.copy(NOTEBOOKS[0], notebook)
     fresh = json.loads(notebook.read_text("utf8"))
-    fresh["metadata"]["clvq"] = {"code": clvq_app.notebook_key(notebook)}
+    fresh["metadata"]["clvq"] = {"key": clvq_app.notebook_key(notebook)}
     injected = {"cell_type": "code", "metadata": {"tags": ["injected-parameters"]}, "source": "seed = 1", "outputs": []}
 
     def reason(**changes):
@@ -105,7 +105,7 @@ def test_a_stale_twin_is_found_out(tmp_path):
     assert reason() == ""
     assert reason(cells=[*fresh["cells"], injected]) == ""
     assert "other code than its notebook" in reason(cells=fresh["cells"][:-2])
-    assert "other code of clvq_core.py" in reason(metadata={"clvq": {"code": "0" * 64}})
+    assert "other code of clvq_core.py" in reason(metadata={"clvq": {"key": "0" * 64}})
     assert "make paper" in reason(metadata={})
     assert "delete it" in why_stale(twin, tmp_path / "gone.ipynb")
 
