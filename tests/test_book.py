@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import clvq_app
 import clvq_core as clvq
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,6 +154,11 @@ def test_the_metrics_page_explains_every_column_of_the_history(tiny_acts, tiny_c
     assert sorted(explained) == sorted(history.columns)
 
 
+def test_the_api_page_has_exactly_the_public_names():
+    named = re.findall(r"^\.\. auto(?:class|function):: clvq_core\.(\w+)", PROSE["api"], re.M)
+    assert len(named) == len(set(named)) and set(named) == set(clvq.__all__)
+
+
 # --- what is built ------------------------------------------------------------------------------------
 
 
@@ -246,7 +252,7 @@ def test_the_book_builds_from_a_clean_clone_without_a_warning(built):
     expected = ["index", *toc()]
     assert [name for name in expected if not (built / f"{name}.html").is_file()] == []
     others = {str(path.relative_to(built).with_suffix("")) for path in pages(built)} - set(expected)
-    assert others == {"genindex", "search"}
+    assert others == {"genindex", "search", "_modules/clvq_core", "_modules/index"}
 
 
 def test_no_page_loads_anything_from_the_network(built):
