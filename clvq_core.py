@@ -3753,7 +3753,7 @@ def compare_methods(results: pd.DataFrame, config: ProbeSettings, layer: int, wa
     """The other methods of a layer against CLVQ-VAE, by method: `summarise` without the salient concept, the verdict
     (p values adjusted for the number of methods), and whether the method is learned."""
     chosen = results.query("removed == 'concept' and way == @way and layer == @layer and probe == 'frozen'")
-    table = summarise(chosen, config, against={"method": "CLVQ-VAE"}).set_index("method").drop("CLVQ-VAE")
+    table = summarise(chosen, config, {"method": "CLVQ-VAE"}, ("accuracy",)).set_index("method").drop("CLVQ-VAE")
     found = ("random states", "random codes", "principal components", "class means")
     return table.assign(verdict=table.apply(verdict, axis=1), learned=~table.index.isin(found))
 
