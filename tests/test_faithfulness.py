@@ -601,7 +601,8 @@ def test_methods_are_called_worse_or_better_only_by_adjusted_p_values(tiny_confi
     results = pd.concat(parts)
     other_way = results.assign(way="centred", correct=~results["correct"])
     table = clvq.compare_methods(pd.concat([results, other_way]), tiny_config, 1)
-    assert table["verdict"].to_dict() == {"k-means": "cannot be told from", "Ward clusters": "costs more than", "random states": "costs less than"}
+    told = {"k-means": "cannot be told from", "Ward clusters": "costs more than", "random states": "costs less than"}
+    assert table["verdict"].to_dict() == told
     assert table["learned"].to_dict() == {"k-means": True, "Ward clusters": True, "random states": False}
     assert clvq.verdict({"change": -0.1, "change_p_holm": math.nan}) == "cannot be told from"
     assert clvq.verdict({"change": -0.1, "change_p_holm": 0.06}) == "cannot be told from"
