@@ -88,15 +88,17 @@ __all__ = [
     # 12 concepts
     "concept_table", "top_words", "of_class", "log_odds", "word_table", "word_p_values", "surface_labels", "alignment",
     "Explanation", "transitions", "draw_flow", "word_cloud", "plot_style", "interval_text", "show_table", "glue",
+    "interval_cell", "show_text", "draw_intervals",
     # 13 faithfulness
     "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate",
     "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects",
-    "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank",
+    "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank", "verdict",
+    "compare_methods",
     # 14 human evaluation
     "outcomes", "make_study", "read_study", "study_answers", "rater_agreement", "simulated_answers", "items_needed",
     # 15 steps, pipeline, sweeps
-    "Step", "precompute", "run_parallel", "Pipeline", "published", "Run", "run_sweep", "sweep_results", "studies",
-    "prepare_colab",
+    "Step", "precompute", "run_parallel", "Pipeline", "published", "published_cells", "Run", "run_sweep",
+    "sweep_results", "studies", "prepare_colab",
 ]
 
 
@@ -2744,6 +2746,27 @@ def glue(**values: Any) -> None:
             hand_on(name, value.item() if isinstance(value, np.generic) else value, display=False)
 
 
+def interval_cell(row: Any, name: str, form: str = ".3f") -> str:
+    """A figure of a row of results with its columns …_low and …_high, as `interval_text`, in any number format."""
+    numbers = [row[f"{name}{end}"] for end in ("", "_low", "_high")]
+    value, low, high = (format(number, form) for number in numbers)
+    return "–" if math.isnan(numbers[0]) else value if math.isnan(numbers[1]) else f"{value} ({low} to {high})"
+
+
+def show_text(text: str) -> None:
+    """Show Markdown whose negative numbers have a real minus sign."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(re.sub(r"(?<![\w.])-(?=\d)", "−", text)))
+
+
+def draw_intervals(ax: Any, table: pd.DataFrame, name: str, at: Any, **style: Any) -> None:
+    """A row of points with horizontal intervals at these heights: a column of results with its …_low and …_high."""
+    x, low, high = (table[f"{name}{end}"] for end in ("", "_low", "_high"))
+    style = {"fmt": "o", "markersize": 4, "capsize": 2} | style
+    ax.errorbar(x, at, xerr=[(x - low).clip(lower=0), (high - x).clip(lower=0)], **style)
+
+
 # ======================================================================================================================
 # 13 Faithfulness
 # ======================================================================================================================
@@ -3488,6 +3511,23 @@ def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1),
             rows.append({"way": way, "value": value, "rank": int((order < known).sum()) + 1,
                          "lead": float(order.drop(list(causal)).min() - known), "seed": trial.config.seed})
     return pd.DataFrame(rows)
+
+
+def verdict(row: Any) -> str:
+    """What a change of `summarise` says of a removal: that it costs more or less accuracy than what it is compared
+    with, if the p value adjusted by Holm is below 0.05."""
+    if not row["change_p_holm"] < 0.05:
+        return "cannot be told from"
+    return "costs more than" if row["change"] < 0 else "costs less than"
+
+
+def compare_methods(results: pd.DataFrame, config: ProbeSettings, layer: int, way: Way = "projection") -> pd.DataFrame:
+    """The other methods of a layer against CLVQ-VAE, by method: `summarise` without the salient concept, the verdict
+    (p values adjusted for the number of methods), and whether the method is learned."""
+    chosen = results.query("removed == 'concept' and way == @way and layer == @layer and probe == 'frozen'")
+    table = summarise(chosen, config, {"method": "CLVQ-VAE"}, ("accuracy",)).set_index("method").drop("CLVQ-VAE")
+    found = ("random states", "random codes", "principal components", "class means")
+    return table.assign(verdict=table.apply(verdict, axis=1), learned=~table.index.isin(found))
 
 
 # ======================================================================================================================
@@ -4716,3 +4756,14 @@ def studies(config: ModelSettings) -> dict[str, list[dict[str, Any]]]:
 STUDY: dict[str, dict[str, Any]] = {"smoke": dict(train_share=0.2, epochs=1),
                                     "laptop": dict(train_share=0.12, validation_share=0.05, feedforward=512, epochs=4)}
 """What each scale changes where a hundred trainings are compared; the other scales: nothing."""
+
+
+def published_cells(names: Iterable[str], layers: tuple[int, int] = (8, 12), **columns: Any) -> list[str]:
+    """The paper's figures of these settings, or methods by our names, as "mean ± deviation over folds"; "–" where it
+    has none. ``columns`` choose the rows, as for `published`."""
+    printed = published(**columns).set_index("value")
+    theirs = {f"single-layer VQ-VAE, layer {layers[i]}": f"Single-Layer (Layer {(8, 12)[i]})" for i in (0, 1)}
+    theirs |= {"Ward clusters": "Clustering"} | {f"SAE {n}, decoder": f"SAE ({n} neurons)" for n in (2048, 4096)}
+    names = [theirs.get(name, name) for name in names]
+    return [f"{printed['mean'][name]:.3f} ± {printed['std'][name]:.3f}" if name in printed.index else "–"
+            for name in names]
