@@ -74,7 +74,8 @@ def pipeline():
 
 def untrained(pipeline: clvq.Pipeline, cache: Path) -> Path:
     """Links what comes before training into another cache."""
-    for path in [path for step in ("classifier", "door", "states", "salience_at") for path in pipeline.cache.glob(f"{step}-*") if path.is_dir()]:
+    steps = ("classifier", "door", "states", "salience_at")
+    for path in [path for step in steps for path in pipeline.cache.glob(f"{step}-*") if path.is_dir()]:
         shutil.copytree(path, cache / path.name, copy_function=os.link)
     return cache
 
@@ -210,7 +211,8 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": PATH}, capture_output=True, text=True, timeout=240)
+    environment = {**os.environ, "PYTHONPATH": PATH}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240)
     *lines, refused = done.stdout.splitlines()
     assert lines == [f"{clvq.hash_file(ROOT / 'clvq_core.py')} []"] * 4, done.stderr
     assert refused == "a scheduler needs the package distributed: pip install distributed"
@@ -663,7 +665,8 @@ def test_each_step_is_precomputed_once_and_after_what_it_reads_from(pipeline, tm
     clvq.precompute([(run, "faithfulness") for run in fresh.over_seeds])
     steps = [step for _, step in order]
     assert steps[0] == "classifier" and set(steps[-2:]) == {"faithfulness"}
-    assert [steps.count(name) for name in ("classifier", "states", "salience_at", "initial_codebook", "vqvae", "faithfulness")] == [1, 2, 1, 4, 6, 2]
+    times = {"classifier": 1, "states": 2, "salience_at": 1, "initial_codebook": 4, "vqvae": 6, "faithfulness": 2}
+    assert {name: steps.count(name) for name in times} == times
     assert steps.index("states") < steps.index("initial_codebook") < steps.index("vqvae") < steps.index("faithfulness")
 
 
