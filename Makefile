@@ -98,7 +98,7 @@ bench: $(VENV)/.bench ## measure steps beside what people would use instead, wri
 	@PYTHONPATH=.venv/bench $(VENV)/bin/pytest benchmarks -s $(PYTEST_ARGS)
 
 compat: ## run every notebook at smoke scale with what Colab has today, and with the lowest versions that are allowed
-	@PYTHON="$(PYTHON)" tests/compat.sh colab lowest
+	@tests/compat.sh colab lowest
 
 fingerprints: $(VENV)/.installed ## keep the fingerprints of the steps' code, once versions are raised where results change
 	@$(VENV)/bin/python tests/fingerprints.py

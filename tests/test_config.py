@@ -25,7 +25,9 @@ def values(hint) -> st.SearchStrategy:
         return st.one_of(*(values(kind) for kind in get_args(hint) if kind is not type(None)))
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
-    kind, bounds = (get_args(hint)[0], {type(part).__name__: part for part in get_args(hint)[1].metadata}) if get_origin(hint) is Annotated else (hint, {})
+    kind, bounds = hint, {}
+    if get_origin(hint) is Annotated:
+        kind, bounds = get_args(hint)[0], {type(part).__name__: part for part in get_args(hint)[1].metadata}
     low, high = bounds["Ge"].ge if bounds else -1e6, bounds["Le"].le if "Le" in bounds else math.inf
     if kind is int:
         return st.integers(int(low), 10**6 if high == math.inf else int(high))
@@ -58,7 +60,8 @@ def test_an_unknown_scale_is_refused_with_the_known_ones(refused):
 
 def test_the_paper_scale_has_the_settings_of_table_6_to_the_letter():
     config = clvq.configure("paper")
-    table_6 = dict(n_codes=400, learning_rate=5e-3, clip_norm=0.0, norm_first=False, standardize_targets=False, commitment=0.1, decoder_layers=6, decoder_heads=8, feedforward=2048, dropout=0.1, top_k=5,
+    table_6 = dict(n_codes=400, learning_rate=5e-3, clip_norm=0.0, norm_first=False, standardize_targets=False, commitment=0.1,
+                   decoder_layers=6, decoder_heads=8, feedforward=2048, dropout=0.1, top_k=5,
                    temperature=1.0, alpha="adaptive", alpha_ceiling=0.5, weight_decay=1e-4, lr_factor=0.5, lr_patience=5,
                    batch_sentences=128, epochs=50, stop_patience=15, validation_share=0.1, seed=42, ema_decay=0.99,
                    ema_epsilon=1e-5, memory="encoder", mask="causal", start="spherical", folds=20)  # fmt: skip
@@ -167,9 +170,11 @@ def test_a_part_of_the_settings_has_the_same_values(chosen):
 
 @pytest.mark.parametrize(
     ("name", "text", "value"),
-    [("n_codes", "12", 12), ("learning_rate", "1e-3", 1e-3), ("learning_rate", "1", 1.0), ("finetune", "false", False), ("source_layer", "none", None),
+    [("n_codes", "12", 12), ("learning_rate", "1e-3", 1e-3), ("learning_rate", "1", 1.0), ("finetune", "false", False),
+     ("source_layer", "none", None),
      ("dataset", "movies", "movies"), ("dataset", "2012", "2012"), ("prompt", "true", "true"), ("n_codes", "many", "many"),
-     ("raters", "12", 12), ("difference", "0.5", 0.5), ("difference", "-2", -2), ("rationales", "none", None), ("rationales", "True", True), ("report", "yes", "yes")],
+     ("raters", "12", 12), ("difference", "0.5", 0.5), ("difference", "-2", -2), ("rationales", "none", None),
+     ("rationales", "True", True), ("report", "yes", "yes")],
 )  # fmt: skip
 def test_a_value_of_the_command_line_is_read_in_the_type_of_its_setting_and_otherwise_as_it_looks(name, text, value):
     parsed = clvq.parse_value(name, text)

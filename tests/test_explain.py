@@ -49,7 +49,7 @@ def test_each_sentence_has_its_own_concepts_once_and_random_others(pipeline):
 
 def test_a_removal_that_takes_nothing_away_changes_nothing(pipeline):
     trial, layer = pipeline.trial, pipeline.layers[0]
-    model = pipeline.trained(pipeline.layers)
+    model = pipeline.vqvae(*pipeline.layers)
     model.quantizer.codebook.copy_(model.centre.expand_as(model.vectors))                   # nothing tells a code from the mean
     tokens = trial.test.tokens.assign(concept=0)
     texts = pipeline.test["text"].tolist()

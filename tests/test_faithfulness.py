@@ -1,5 +1,6 @@
 """The faithfulness protocol: the projection, the probes of all folds together, planted concepts, the summary."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -579,3 +580,35 @@ def test_the_interval_of_the_area_is_that_of_the_resampled_sentences():
     repeated = [np.repeat(np.arange(90), weights.astype(int)) for weights in clvq.resamples(90, probe_settings(bootstrap=100))[1:]]
     areas = [roc_auc_score(part["label"].to_numpy()[rows], part["p1"].to_numpy()[rows]) for rows in repeated]
     assert summary[["auc_low", "auc_high"]].tolist() == pytest.approx(np.quantile(areas, [0.025, 0.975]))
+
+
+# --- what notebooks say -------------------------------------------------------------------------------
+
+
+def test_a_cell_shows_an_interval_in_any_format_and_nothing_that_is_not_there():
+    row = {"change": -0.25, "change_low": -0.5, "change_high": 0.125, "flipped": 0.5, "flipped_low": math.nan, "flipped_high": math.nan,
+           "auc": math.nan, "auc_low": math.nan, "auc_high": math.nan}
+    assert clvq.interval_cell(row, "change", "+.2f") == "-0.25 (-0.50 to +0.12)"
+    assert clvq.interval_cell(row, "flipped", ".0%") == "50%"
+    assert clvq.interval_cell(row, "auc") == "–"
+
+
+def test_methods_are_called_worse_or_better_only_by_adjusted_p_values(tiny_config):
+    rng, parts = np.random.default_rng(0), []
+    for method, accuracy in {"CLVQ-VAE": 0.6, "k-means": 0.6, "Ward clusters": 0.2, "random states": 0.95}.items():
+        parts += [pd.DataFrame({"method": method, "layer": 1, "removed": "concept", "way": "projection", "probe": "frozen", "seed": seed,
+                                "sentence": range(300), "correct": rng.random(300) < accuracy}) for seed in (1, 2, 3)]
+    results = pd.concat(parts)
+    other_way = results.assign(way="centred", correct=~results["correct"])
+    table = clvq.compare_methods(pd.concat([results, other_way]), tiny_config, 1)
+    told = {"k-means": "cannot be told from", "Ward clusters": "costs more than", "random states": "costs less than"}
+    assert table["verdict"].to_dict() == told
+    assert table["learned"].to_dict() == {"k-means": True, "Ward clusters": True, "random states": False}
+    assert clvq.verdict({"change": -0.1, "change_p_holm": math.nan}) == "cannot be told from"
+    assert clvq.verdict({"change": -0.1, "change_p_holm": 0.06}) == "cannot be told from"
+
+
+def test_published_figures_are_found_by_our_names():
+    table1 = dict(table=1, model="RoBERTa", dataset="ERASER-Movie")
+    cells = clvq.published_cells(["CLVQ-VAE", "single-layer VQ-VAE, layer 4", "SAE 2048, decoder", "k-means"], (4, 6), **table1)
+    assert cells == ["0.078 ± 0.045", "0.095 ± 0.046", "0.227 ± 0.055", "–"]

@@ -2,6 +2,7 @@
 as a user's own would be."""
 
 import copy
+import dataclasses
 import io
 import json
 import sys
@@ -139,7 +140,7 @@ def setup(**settings) -> clvq.Config:
 def read_and_written(lm: clvq.LanguageModel, ids: torch.Tensor, text: str) -> tuple[str, str]:
     """What the ids decode to, and what the tokenizer makes of the text in its prompt before it splits it; blanks alike."""
     normalizer = lm.tokenizer.backend_tokenizer.normalizer
-    written = lm.prompt.template.replace("{text}", text.strip()) if lm.prompt else text
+    written = lm.prompt.replace("{text}", text.strip()) if lm.prompt else text
     written = normalizer.normalize_str(written).replace("▁", " ") if normalizer else written
     read = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     for special in ("[CLS]", "[SEP]", "<s>"):  # and not all that are called special: there are bytes among them
@@ -225,13 +226,13 @@ def test_a_model_passes_its_trial_and_is_whole_after_it(lm):
     encoded = clvq.encode(lm, TEXTS, setup())
     ids, mask = clvq.pad_ids(lm, encoded, torch.arange(len(TEXTS)))
     with torch.no_grad():
-        expected = lm.model(input_ids=ids, attention_mask=mask.long()).logits
+        expected = lm.logits(ids, mask)
         clvq.check_model(lm, range(4))
         for layer in range(4):
             state = clvq.layer_states(lm, [layer], ids, mask)[layer]
             with clvq.blocks_above(lm, layer) as logits_of:
                 torch.testing.assert_close(logits_of(state, mask), expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(lm.model(input_ids=ids, attention_mask=mask.long()).logits, expected)
+        torch.testing.assert_close(lm.logits(ids, mask), expected)
 
 
 def test_the_last_block_feeds_the_summary_alone_forward_where_the_head_reads_no_more(family, lm):
@@ -268,7 +269,7 @@ def test_states_are_those_the_model_reports(family, lm, tmp_path):
 
 def test_every_word_has_salience_and_the_summary_too_unless_it_belongs_to_a_prompt(lm):
     tokens, logits = clvq.attribute(lm, TEXTS, 1, setup())
-    assert (tokens["salience"].isna() == (tokens["is_summary"] & (lm.prompt is not None))).all()
+    assert (tokens["salience"].isna() == (tokens["is_summary"] & bool(lm.prompt))).all()
     assert np.isfinite(tokens.loc[~tokens["is_summary"], "salience"]).all() and tokens["salience"].abs().max() > 0
     torch.testing.assert_close(logits, clvq.predict(lm, clvq.encode(lm, TEXTS, setup()), setup()), atol=1e-4, rtol=1e-4)
 
@@ -310,7 +311,7 @@ def test_a_whole_run_from_a_folder_to_the_models_own_answers(family, tmp_path, m
     )
     pipeline = clvq.Pipeline(config, tmp_path).check()
     assert name not in DECODERS or not pipeline.salient["is_summary"].any()
-    assert len(pipeline.alone) > 0 and len(pipeline.in_model(["CLVQ-VAE"])) == 40 * 4 and len(pipeline.report)
+    assert len(pipeline.clvq_faithfulness) > 0 and len(pipeline.in_model(["CLVQ-VAE"])) == 40 * 4 and len(pipeline.report)
     assert pipeline.explain("a dull film").words["word"].tolist() == ["a", "dull", "film"]
 
 
@@ -322,7 +323,7 @@ def test_a_whole_run_from_a_folder_to_the_models_own_answers(family, tmp_path, m
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "Llama", "GPT2"], indirect=True)
 def test_a_gpu_gives_what_the_cpu_gives_and_hands_it_over_on_the_cpu(family, lm, tmp_path):
     assert lm.device.type == "cuda"
-    cpu, found = clvq.LanguageModel(copy.deepcopy(lm.model).cpu(), lm.tokenizer, lm.name, lm.prompt), []
+    cpu, found = dataclasses.replace(lm, model=copy.deepcopy(lm.model).cpu()), []
     for each in (lm, cpu):
         clvq.check_model(each, (1, 3))
         results = [clvq.predict(each, clvq.encode(each, TEXTS, setup(precision="float32")), setup(precision="float32"))]
@@ -461,7 +462,7 @@ def test_what_is_kept_of_one_prompt_is_not_taken_for_another(family, tmp_path):
     "settings, part",
     [
         (dict(finetune=True), "finetune"),
-        (dict(finetune=False, answers="bad"), "1 answers for 2 classes"),
+        (dict(finetune=False, answers="bad"), "answers must be one for each of negative, positive"),
         (dict(finetune=False, answers="dull, dull film"), "same token"),
         (dict(finetune=False, prompt="Is it good?"), "{text}"),
         (dict(finetune=False, prompt="Is it good? {text}"), "after {text}"),
@@ -483,7 +484,7 @@ def test_what_cannot_be_asked_is_found_before_anything_runs(family, refused, tmp
 def test_a_prompts_joints_are_those_of_the_whole_text(name, prompt, blank):
     tokenizer = trained_tokenizer(DECODERS[name][0], decoder=True)
     template, answers = clvq.tokenize_prompt(tokenizer, prompt, ["fine", "dull"], name)
-    lm = clvq.LanguageModel(transformers.BertModel(transformers.BertConfig(**SMALL)), tokenizer, name, clvq.PromptIds(template, answers))
+    lm = clvq.LanguageModel(transformers.BertModel(transformers.BertConfig(**SMALL)), tokenizer, name, template, answers)
     encoded = clvq.encode(lm, ["good 🙂 .", "isn't it ?!"], setup())
     for text, ids in zip(["good 🙂 .", "isn't it ?!"], encoded.ids.split(encoded.offsets.diff().tolist()), strict=True):
         assert ids.tolist() == tokenizer(prompt.rstrip(" ").replace("{text}", text)).input_ids
@@ -537,8 +538,8 @@ def test_smollm2_answers_as_its_weights_do_from_states_too(smollm2):
     encoded = clvq.encode(smollm2, TEXTS, setup())
     ids, mask = clvq.pad_ids(smollm2, encoded, torch.arange(len(TEXTS)))
     with torch.no_grad():
-        whole = smollm2.model.causal(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
-        own = whole.logits[torch.arange(len(ids)), mask.sum(1) - 1][:, smollm2.prompt.answers]
+        whole = smollm2.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+        own = whole.logits[torch.arange(len(ids)), mask.sum(1) - 1][:, smollm2.answers]
         torch.testing.assert_close(clvq.predict(smollm2, encoded, setup()), own, atol=1e-3, rtol=1e-3)
         for layer in (0, 20, 30):
             states = clvq.layer_states(smollm2, [layer], ids, mask)[layer]
@@ -553,4 +554,4 @@ def test_what_smollm2_reads_is_the_text_in_its_prompt(smollm2, text):
     if text != CASES["a special token"]:
         assert smollm2.tokenizer.decode(encoded.ids) == f"Review: {text.strip()}\nSentiment:"
     clvq.check_model(smollm2, (20, 30))
-    assert [smollm2.tokenizer.decode([token]) for token in smollm2.prompt.answers] == [" negative", " positive"]
+    assert [smollm2.tokenizer.decode([token]) for token in smollm2.answers] == [" negative", " positive"]

@@ -164,8 +164,7 @@ def test_the_wheel_has_the_two_modules_and_the_command():
 
 BROUGHT = {
     "tornado": "voila", "traitlets": "voila", "jupyter_server": "voila", "nbformat": "papermill",
-    "IPython": "ipykernel", "jupyter_client": "nbclient", "myst_nb": "jupyter-book", "dask": "distributed",
-    "psutil": "distributed",
+    "IPython": "ipykernel", "jupyter_client": "nbclient", "myst_nb": "jupyter-book", "dask": "distributed", "PIL": "matplotlib",
 }  # fmt: skip
 """Imported packages that come with another one, which cannot do without them."""
 

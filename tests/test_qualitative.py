@@ -82,7 +82,8 @@ def test_one_concept_alone_has_finite_log_odds():
      ("so-so", "lower", "")],
 )  # fmt: skip
 def test_words_have_the_form_and_suffix_that_people_see(word, form, suffix):
-    assert (clvq.word_form(word), clvq.suffix(word)) == (form, suffix)
+    tokens = pd.DataFrame({"sentence": [0], "position": [1], "word": [word], "is_summary": [False]})
+    assert clvq.surface_labels(tokens, ["positive"]).loc[0, ["form", "suffix"]].tolist() == [form, suffix]
 
 
 def test_surface_labels_are_of_words_and_not_of_summaries():

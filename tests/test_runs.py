@@ -369,7 +369,7 @@ def test_a_long_step_says_before_it_begins_what_it_takes_and_a_short_one_nothing
 
 def test_every_long_step_says_what_it_takes(monkeypatch, tmp_path, minilm, tiny_acts, tiny_config):
     said = []
-    monkeypatch.setattr(clvq, "announce_cost", lambda what, operations, memory, disk=0: said.append((what.split(" ")[0], operations, memory)))
+    monkeypatch.setattr(clvq, "announce_cost", lambda what, operations, memory, disk=0: said.append((what.split(" ")[0], operations, memory)))  # noqa: E501
     texts, config = ["a dull film", "a moving film"], clvq.configure("smoke", finetune_epochs=2, salience_steps=2)
     clvq.finetune(copy.deepcopy(minilm), texts, torch.tensor([0, 1]), config)
     clvq.extract(minilm, texts, [3], config, tmp_path)

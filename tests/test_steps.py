@@ -28,6 +28,7 @@ def pipeline():
 
 # --- versions ---------------------------------------------------------------------------------------------------------
 
+
 def test_a_step_whose_code_changed_has_a_new_version():
     known = json.loads(FINGERPRINTS.read_text("utf8"))
     found = fingerprints(ROOT / "clvq_core.py", clvq.step_versions())
@@ -53,18 +54,27 @@ def test_fingerprints_follow_methods_and_ignore_words(tmp_path):
     assert not changed_fingerprints(tmp_path, "PyTorch's global state is as before", "nothing else has changed")
     assert not changed_fingerprints(tmp_path, "# squares of what lies near 0 do not cancel", "# otherwise they would cancel")
     assert not changed_fingerprints(tmp_path, "operations > 1e12", "operations > 1e13")
-    assert {"states", "salience_at", "classifier"} <= changed_fingerprints(tmp_path, "len(child) == self.n_layers", "len(child) >= self.n_layers")
-    assert {"vqvae", "initial_codebook"} & changed_fingerprints(tmp_path, "nn.init.eye_(self.linear.weight)", "nn.init.zeros_(self.linear.weight)") == {"vqvae"}
-    assert changed_fingerprints(tmp_path, '"ward": "Ward clusters"', '"ward": "clusters"') & {"cluster_vectors", "vqvae", "states"} == {"cluster_vectors"}
+    assert {"states", "salience_at", "classifier"} <= changed_fingerprints(
+        tmp_path, "len(child) == self.n_layers", "len(child) >= self.n_layers"
+    )
+    assert {"vqvae", "initial_codebook"} & changed_fingerprints(
+        tmp_path, "nn.init.eye_(self.linear.weight)", "nn.init.zeros_(self.linear.weight)"
+    ) == {"vqvae"}
+    assert changed_fingerprints(tmp_path, '"ward": "Ward clusters"', '"ward": "clusters"') & {"cluster_vectors", "vqvae", "states"} == {
+        "cluster_vectors"
+    }
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
+
 
 @contextmanager
 def no_computation(monkeypatch):
     """Inside, a step that is not cached fails instead of being computed."""
     with monkeypatch.context() as patch:
-        patch.setattr(clvq, "cached_step", lambda folder, *_, **__: folder if folder.exists() else pytest.fail(f"{folder.name} is not cached"))
+        patch.setattr(
+            clvq, "cached_step", lambda folder, *_, **__: folder if folder.exists() else pytest.fail(f"{folder.name} is not cached")
+        )
         yield
 
 
@@ -84,8 +94,15 @@ def test_a_key_is_known_before_anything_is_computed(tmp_path):
 
 def keys(pipeline) -> dict[str, str]:
     """Keys of the steps without arguments, and of a few others."""
-    with_arguments = {"classifier": (), "vqvae": pipeline.layers, "initial_codebook": pipeline.layers[:1], "states": ("train", *pipeline.kept_layers()),
-                      "salience_at": (pipeline.layers[0], ["a text"]), "in_model": (["CLVQ-VAE"],), "cluster_vectors": ("ward", pipeline.layers[0])}
+    with_arguments = {
+        "classifier": (),
+        "vqvae": pipeline.layers,
+        "initial_codebook": pipeline.layers[:1],
+        "states": ("train", *pipeline.kept_layers()),
+        "salience_at": (pipeline.layers[0], ["a text"]),
+        "in_model": (["CLVQ-VAE"],),
+        "cluster_vectors": ("ward", pipeline.layers[0]),
+    }
     names = [name for name, step in clvq.STEPS.items() if not step.signature.parameters]
     return {name: pipeline.call(name, *with_arguments.get(name, ())).stable_key for name in {*names, *with_arguments}}
 
@@ -109,16 +126,19 @@ def test_neither_the_packages_version_nor_the_file_on_disk_is_in_a_key(pipeline,
     assert not differing(before, keys(clvq.Pipeline(pipeline.config)))
 
 
-@pytest.mark.parametrize(("setting", "value", "changes", "leaves"), [
-    ("seed", 7, {"vqvae", "faithfulness", "effects"}, {"classifier", "states", "salience_at"}),
-    ("bootstrap", 7, {"shift_test", "across_layers"}, {"faithfulness", "removal_curve", "vqvae", "training_summary"}),
-    ("seeds", 5, set(), {"faithfulness", "shift_test", "effects"}),
-    ("words_from", "samples", {"concepts"}, {"vqvae", "faithfulness"}),
-    ("salience_steps", 3, {"salience_at", "faithfulness"}, {"vqvae", "states"}),
-    ("probe_hidden", 5, {"faithfulness", "training_summary"}, {"vqvae", "effects", "concepts"}),
-    ("data_seed", 5, {"classifier", "states", "vqvae"}, set()),
-    ("temperature", 2.0, {"vqvae", "concepts", "faithfulness"}, {"initial_codebook", "cluster_vectors"}),
-])
+@pytest.mark.parametrize(
+    ("setting", "value", "changes", "leaves"),
+    [
+        ("seed", 7, {"vqvae", "faithfulness", "effects"}, {"classifier", "states", "salience_at"}),
+        ("bootstrap", 7, {"shift_test", "across_layers"}, {"faithfulness", "removal_curve", "vqvae", "training_summary"}),
+        ("seeds", 5, set(), {"faithfulness", "shift_test", "effects"}),
+        ("words_from", "samples", {"concepts"}, {"vqvae", "faithfulness"}),
+        ("salience_steps", 3, {"salience_at", "faithfulness"}, {"vqvae", "states"}),
+        ("probe_hidden", 5, {"faithfulness", "training_summary"}, {"vqvae", "effects", "concepts"}),
+        ("data_seed", 5, {"classifier", "states", "vqvae"}, set()),
+        ("temperature", 2.0, {"vqvae", "concepts", "faithfulness"}, {"initial_codebook", "cluster_vectors"}),
+    ],
+)
 def test_a_setting_changes_the_keys_of_the_steps_that_read_it_and_no_others(pipeline, setting, value, changes, leaves):
     changed = differing(keys(pipeline), keys(pipeline.changed(**{setting: value})))
     assert changes <= changed and not leaves & changed, changed
@@ -145,6 +165,7 @@ def test_what_has_no_stable_hash_is_refused_instead_of_being_hashed_as_it_prints
 
 # --- what a step reads ------------------------------------------------------------------------------------------------
 
+
 def test_a_step_reads_only_settings_that_it_or_a_step_it_reads_from_declares(monkeypatch, tmp_path):
     """Every step is computed with settings that note who asks for them."""
     reading: list[str] = []
@@ -164,26 +185,31 @@ def test_a_step_reads_only_settings_that_it_or_a_step_it_reads_from_declares(mon
         yield
         reading.pop()
 
-    def key(self, pipeline, *given):
+    def key(self):
+        name = self.step.name
         if reading:
-            reads_from.setdefault(reading[-1].removeprefix("key of "), set()).add(self.name)
-        with inside(f"key of {self.name}"):
-            return original_key(self, pipeline, *given)
+            reads_from.setdefault(reading[-1].removeprefix("key of "), set()).add(name)
+        with inside(f"key of {name}"):
+            return original_key.func(self)
 
-    def folder(self, pipeline, *given):
-        with inside("record of"):                                                            # environment.json names the seed
-            return original_folder(self, pipeline, *given)
+    def folder(self):
+        with inside("record of"):  # environment.json names the seed
+            return original_folder(self)
 
-    original_key, original_folder = clvq.Step.key, clvq.Step.folder
-    monkeypatch.setattr(clvq.Step, "key", key)
-    monkeypatch.setattr(clvq.Step, "folder", folder)
+    original_key, original_folder = vars(clvq.StepCall)["stable_key"], clvq.StepCall.folder
+    monkeypatch.setattr(clvq.StepCall, "stable_key", property(key))
+    monkeypatch.setattr(clvq.StepCall, "folder", folder)
     for step in clvq.STEPS.values():
+
         def method(*arguments, step=step, original=step.method, **folder):
             with inside(step.name):
                 return original(*arguments, **folder)
+
         monkeypatch.setattr(step, "method", method)
     monkeypatch.setenv("CLVQ_WORKERS", "0")
-    small = dict(QUICK, train_sentences=60, test_sentences=30, epochs=1, n_codes=8, start_iterations=2, salience_steps=1, cluster_points=200, seeds=1)
+    small = dict(
+        QUICK, train_sentences=60, test_sentences=30, epochs=1, n_codes=8, start_iterations=2, salience_steps=1, cluster_points=200, seeds=1
+    )
     pipeline = clvq.Pipeline(Noted(**{**clvq.PRESETS["smoke"], **small}), tmp_path)
     watched.append(pipeline.config)
     for name, step in clvq.STEPS.items():
@@ -203,9 +229,19 @@ def test_a_step_reads_only_settings_that_it_or_a_step_it_reads_from_declares(mon
 
 # --- results on disk --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("value", [
-    pd.DataFrame({"a": [1.5, 2.5], "b": pd.Categorical(["x", "y"])}), {"w": torch.arange(6.0).view(2, 3).T}, {"l0": 3.5, "n": 2}, {},
-    ({"w": torch.zeros(2)}, {"l0": 1.0}), (pd.DataFrame({"a": [1]}), pd.DataFrame({"b": [2]}))], ids=["table", "tensors", "json", "empty", "both", "tables"])
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pd.DataFrame({"a": [1.5, 2.5], "b": pd.Categorical(["x", "y"])}),
+        {"w": torch.arange(6.0).view(2, 3).T},
+        {"l0": 3.5, "n": 2},
+        {},
+        ({"w": torch.zeros(2)}, {"l0": 1.0}),
+        (pd.DataFrame({"a": [1]}), pd.DataFrame({"b": [2]})),
+    ],
+    ids=["table", "tensors", "json", "empty", "both", "tables"],
+)
 def test_a_result_comes_back_as_it_was(tmp_path, value):
     clvq.write_result(tmp_path, value)
 
@@ -214,7 +250,9 @@ def test_a_result_comes_back_as_it_was(tmp_path, value):
             return len(one) == len(other) and all(map(same, one, other))
         if isinstance(one, pd.DataFrame):
             return one.equals(other) and (one.dtypes == other.dtypes).all()
-        return one.keys() == other.keys() and all(torch.equal(v, other[k]) if isinstance(v, torch.Tensor) else v == other[k] for k, v in one.items())
+        return one.keys() == other.keys() and all(
+            torch.equal(v, other[k]) if isinstance(v, torch.Tensor) else v == other[k] for k, v in one.items()
+        )
 
     assert same(value, clvq.read_result(tmp_path))
 
@@ -267,6 +305,8 @@ def test_a_step_keeps_nothing_of_other_seeds_in_memory(pipeline):
 
 
 def test_importing_the_module_or_reading_its_steps_starts_no_process_and_opens_no_port():
-    program = "import clvq_core as clvq, sys; clvq.Pipeline(clvq.configure('smoke')); print('distributed' in sys.modules, 'joblib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    program = "import clvq_core as clvq, sys; clvq.Pipeline(clvq.configure('smoke')); print('distributed' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split()[0] == "False"

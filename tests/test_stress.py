@@ -125,7 +125,7 @@ def test_the_concept_is_that_of_the_most_salient_position(transparent):
 def test_positions_are_ranked_by_falling_salience(transparent):
     trial, _ = transparent
     for sentence, part in trial.tokens.groupby("sentence"):
-        there = trial.ranked[sentence][trial.ranked[sentence] >= 0]
+        there = trial.ranked[sentence][trial.ranked[sentence] >= 0].numpy()
         assert sorted(there) == part.index.tolist() and (np.diff(trial.tokens["salience"][there]) <= 0).all()
         assert (trial.ranked[sentence][len(there) :] == -1).all()
 

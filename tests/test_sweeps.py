@@ -74,7 +74,8 @@ def pipeline():
 
 def untrained(pipeline: clvq.Pipeline, cache: Path) -> Path:
     """Links what comes before training into another cache."""
-    for path in [path for step in ("classifier", "door", "states", "salience_at") for path in pipeline.cache.glob(f"{step}-*") if path.is_dir()]:
+    steps = ("classifier", "door", "states", "salience_at")
+    for path in [path for step in steps for path in pipeline.cache.glob(f"{step}-*") if path.is_dir()]:
         shutil.copytree(path, cache / path.name, copy_function=os.link)
     return cache
 
@@ -192,6 +193,29 @@ def test_a_worker_of_this_machine_that_is_killed_loses_no_call(tmp_path):
     names = ["a", "mortal", "b", "c"]
     results = dict(clvq.run_parallel(die_once, [(tmp_path / "mark", name) for name in names], workers=2))
     assert (tmp_path / "mark").exists() and [results[i] for i in range(4)] == names
+
+
+def test_workers_of_this_machine_need_no_dask_and_listen_on_no_port():
+    """What listens can be told to run code by any user of the machine."""
+    program = """
+import sys
+sys.modules["distributed"] = sys.modules["dask"] = None                                      # as where neither is installed
+import psutil, pathlib
+import clvq_core as clvq
+calls = [(pathlib.Path(clvq.__file__),)] * 4
+for _, result in clvq.run_parallel(clvq.hash_file, calls, workers=2):
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    print(result, [c.laddr for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN])
+try:
+    list(clvq.run_parallel(clvq.hash_file, calls, scheduler="tcp://127.0.0.1:1"))
+except ValueError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": PATH}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240)
+    *lines, refused = done.stdout.splitlines()
+    assert lines == [f"{clvq.hash_file(ROOT / 'clvq_core.py')} []"] * 4, done.stderr
+    assert refused == "a scheduler needs the package distributed: pip install distributed"
 
 
 def test_the_number_of_workers_minds_the_environment_cores_memory_and_gpu(monkeypatch):
@@ -641,7 +665,8 @@ def test_each_step_is_precomputed_once_and_after_what_it_reads_from(pipeline, tm
     clvq.precompute([(run, "faithfulness") for run in fresh.over_seeds])
     steps = [step for _, step in order]
     assert steps[0] == "classifier" and set(steps[-2:]) == {"faithfulness"}
-    assert [steps.count(name) for name in ("classifier", "states", "salience_at", "initial_codebook", "vqvae", "faithfulness")] == [1, 2, 1, 4, 6, 2]
+    times = {"classifier": 1, "states": 2, "salience_at": 1, "initial_codebook": 4, "vqvae": 6, "faithfulness": 2}
+    assert {name: steps.count(name) for name in times} == times
     assert steps.index("states") < steps.index("initial_codebook") < steps.index("vqvae") < steps.index("faithfulness")
 
 
