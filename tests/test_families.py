@@ -310,7 +310,7 @@ def test_a_whole_run_from_a_folder_to_the_models_own_answers(family, tmp_path, m
     )
     pipeline = clvq.Pipeline(config, tmp_path).check()
     assert name not in DECODERS or not pipeline.salient["is_summary"].any()
-    assert len(pipeline.alone) > 0 and len(pipeline.in_model(["CLVQ-VAE"])) == 40 * 4 and len(pipeline.report)
+    assert len(pipeline.clvq_faithfulness) > 0 and len(pipeline.in_model(["CLVQ-VAE"])) == 40 * 4 and len(pipeline.report)
     assert pipeline.explain("a dull film").words["word"].tolist() == ["a", "dull", "film"]
 
 
