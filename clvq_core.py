@@ -3696,8 +3696,6 @@ def names_of(*parts: type[Settings] | str, without: str = "") -> list[str]:
 
 def write_result(folder: Path, value: Any, name: str = "result") -> None:
     """A table as Parquet, tensors by name as safetensors, a tuple part by part, anything else as JSON."""
-    from safetensors.torch import save_file
-
     if isinstance(value, tuple):
         for i, part in enumerate(value):
             write_result(folder, part, f"{name}_{i}")
@@ -3711,8 +3709,6 @@ def write_result(folder: Path, value: Any, name: str = "result") -> None:
 
 def read_result(folder: Path, name: str = "result") -> Any:
     """What `write_result` wrote."""
-    from safetensors.torch import load_file
-
     if parts := sorted(folder.glob(f"{name}_?.*")):
         return tuple(read_result(folder, part.stem) for part in parts)
     if (path := folder / f"{name}.parquet").exists():
