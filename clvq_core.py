@@ -3888,7 +3888,7 @@ def run_parallel(function: Callable[..., Any], calls: Sequence[Sequence[Any]], w
         else:
             threads = threads or max(1, cores() // workers)
             backend = {"backend": "loky", "n_jobs": workers, "inner_max_num_threads": threads,
-                       "idle_worker_timeout": 60}
+                       "idle_worker_timeout": 20}
             variables["CLVQ_CACHE"] = str(cache_folder())
         for attempt in range(retries, -1, -1):
             jobs = [delayed(worker_call)(i, function, arguments, retries, threads, variables, step_versions())

@@ -296,7 +296,7 @@ CSV_WITHOUT_LABELS = "text,mood\n" + "".join(f"sentence number {i},{i % 2}\n" fo
 @pytest.mark.parametrize(("parameters", "sentence"), [
     (["dataset", "moovies"], r"unknown data set 'moovies'"),
     (["dataset", "FILE"], r"has no column 'label', only text, mood"),
-    (["source_layer", "9"], r"source_layer 9 does not exist: model 'minilm' has layers 0 to 6"),
+    (["source_layer", "9"], r"source_layer 9 and target_layer 6 must be layers of model 'minilm' \(0 to 6\)"),
     (["layer", "4"], r"has no parameter 'layer'; it has scale, dataset"),
     (["model", "no/such-model"], r"unknown model 'no/such-model'"),
     (["n_codes", "many"], r"n_codes must be a whole number, not 'many'"),
