@@ -2540,12 +2540,16 @@ def alignment(codes: Int[Tensor, "N"], labels: pd.Series, share: float = 0.9, le
             "ami": float(adjusted_mutual_info_score(label, code))}
 
 
-def interval_text(mean: float, low: float, high: float, digits: int = 3, sign: bool = False) -> str:
-    """A number with its interval, "0.123 (0.100 to 0.150)"; without one, the number alone; "–" for a missing number."""
-    if math.isnan(mean):
+def interval_text(value: float, low: float, high: float, form: str = ".3f") -> str:
+    """A value with its interval, "0.123 (0.100 to 0.150)"; without one where it is missing; "–" for a missing value."""
+    if math.isnan(value):
         return "–"
-    numbers = [f"{number:{'+' if sign else ''}.{digits}f}" for number in (mean, low, high)]
-    return numbers[0] if math.isnan(low) or math.isnan(high) else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+    return f"{value:{form}}" + ("" if math.isnan(low) else f" ({low:{form}} to {high:{form}})")
+
+
+def interval_cell(row: Any, name: str, form: str = ".3f") -> str:
+    """`interval_text` of a figure in a row of results, with its columns …_low and …_high."""
+    return interval_text(row[name], row[f"{name}_low"], row[f"{name}_high"], form)
 
 
 @dataclass(repr=False)
@@ -2577,7 +2581,7 @@ class Explanation:
     def note(self) -> str:
         """What the column "without it" means."""
         return (f"Without it: change of the probability of {next(iter(self.chances))} when the concept is removed from "
-                f"every position. Without a random concept: {interval_text(*self.control, sign=True)}.")
+                f"every position. Without a random concept: {interval_text(*self.control, '+.3f')}.")
 
     def __str__(self) -> str:
         chances = ", ".join(f"{name} {chance:.3f}" for name, chance in self.chances.items())
@@ -2710,13 +2714,6 @@ def glue(**values: Any) -> None:
             hand_on(name, value.item() if isinstance(value, np.generic) else value, display=False)
 
 
-def interval_cell(row: Any, name: str, form: str = ".3f") -> str:
-    """A figure of a row of results with its columns …_low and …_high, as `interval_text`, in any number format."""
-    numbers = [row[f"{name}{end}"] for end in ("", "_low", "_high")]
-    value, low, high = (format(number, form) for number in numbers)
-    return "–" if math.isnan(numbers[0]) else value if math.isnan(numbers[1]) else f"{value} ({low} to {high})"
-
-
 def show_text(text: str) -> None:
     """Show Markdown whose negative numbers have a real minus sign."""
     from IPython.display import Markdown, display
@@ -2808,16 +2805,11 @@ def seed_means(results: pd.DataFrame, by: Sequence[str], metrics: Sequence[str])
     return pd.DataFrame(rows)
 
 
-def interval_cells(table: pd.DataFrame, name: str, digits: int = 3, sign: bool = False) -> list[str]:
-    """`interval_text` of a column and its …_low and …_high, row by row."""
-    numbers = table[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)
-    return [interval_text(mean, low, high, digits, sign) for mean, low, high in numbers]
-
-
 def means_text(table: pd.DataFrame, metrics: Mapping[str, str], digits: int = 3) -> pd.DataFrame:
     """For people: "mean (low to high)" for each metric of `seed_means`, under new column names; other columns stay."""
     out = table[[name for name in table if not str(name).startswith(tuple(metrics))]]
-    return out.assign(**{title: interval_cells(table, metric, digits) for metric, title in metrics.items()})
+    return out.assign(**{title: [interval_cell(row, metric, f".{digits}f") for row in table.to_dict("records")]
+                         for metric, title in metrics.items()})
 
 
 def smallest_difference(deviation: float, sentences: int, power: float = 0.8, level: float = 0.05) -> float:
@@ -3410,10 +3402,10 @@ def removal_table(results: pd.DataFrame, config: ProbeSettings, way: Way = "proj
     nothing, code = (summarise(results, config, against=other).query("removed == 'concept'").reset_index(drop=True)
                      for other in ("nothing", "random code"))
     return nothing[["method", "layer"]].assign(**{
-        "without the concept": interval_cells(nothing, "accuracy"),
-        "sd over seeds": [interval_text(deviation, math.nan, math.nan) for deviation in nothing["accuracy_sd_seeds"]],
-        "against nothing removed": interval_cells(nothing, "change", sign=True),
-        "against a random code": interval_cells(code, "change", sign=True)})
+        "without the concept": nothing.apply(interval_cell, axis=1, name="accuracy"),
+        "sd over seeds": nothing["accuracy_sd_seeds"].map("{:.3f}".format).replace("nan", "–"),
+        "against nothing removed": nothing.apply(interval_cell, axis=1, name="change", form="+.3f"),
+        "against a random code": code.apply(interval_cell, axis=1, name="change", form="+.3f")})
 
 
 def rationale_words(text: str, rationale: str, how: str = "unicode") -> range:
@@ -3956,7 +3948,7 @@ IN_MODEL = names_of("words max_tokens batch_tokens inference_precision")
 ANALYSIS = 1
 """Version of what notebooks compute from results of steps (summaries, intervals, tables)."""
 RELEASED_CHOICES: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform",
-                                    "learning_rate": 1e-3, "probe_stopping": "inner"}
+                                    "probe_stopping": "inner", **STEADY}
 """Choices of the authors that `Pipeline.ablate_released_choices` undoes one at a time, and what they become."""
 
 

@@ -100,9 +100,9 @@ def test_published_numbers_are_found_by_column():
 
 
 @pytest.mark.parametrize(("numbers", "options", "text"), [
-    ((0.1234, 0.1, 0.15), {}, "0.123 (0.100 to 0.150)"), ((-0.02, -0.04, 0.001), {"sign": True}, "-0.020 (-0.040 to +0.001)"),
-    ((0.5, np.nan, np.nan), {"digits": 2}, "0.50"), ((np.nan, np.nan, np.nan), {}, "–"),
-    ((12.0, 10.4, 14.0), {"digits": 0}, "12 (10 to 14)"),
+    ((0.1234, 0.1, 0.15), {}, "0.123 (0.100 to 0.150)"), ((-0.02, -0.04, 0.001), {"form": "+.3f"}, "-0.020 (-0.040 to +0.001)"),
+    ((0.5, np.nan, np.nan), {"form": ".2f"}, "0.50"), ((np.nan, np.nan, np.nan), {}, "–"),
+    ((12.0, 10.4, 14.0), {"form": ".0f"}, "12 (10 to 14)"),
 ])
 def test_a_number_is_shown_with_its_interval_where_it_has_one(numbers, options, text):
     assert clvq.interval_text(*numbers, **options) == text
