@@ -2742,8 +2742,10 @@ class Interval(NamedTuple):
     covers: str
     """What the interval covers: sentences, seeds, or sentences and seeds."""
 
-    def columns(self, name: str) -> dict[str, float]:
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+    def columns(self, name: str, share: bool = False) -> dict[str, float]:
+        """The value and the interval, which for a ``share`` ends at 0 and 1."""
+        low, high = np.clip([self.low, self.high], *((0, 1) if share else (-math.inf, math.inf))).tolist()
+        return {name: self.value, f"{name}_low": low, f"{name}_high": high}
 
 
 def interval(statistics: Float[np.ndarray, "G R"]) -> Interval:
@@ -3375,7 +3377,7 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
             else:
                 statistics = columns[value] @ weights.T / sentences
             estimate = interval(statistics)
-            row |= {**estimate.columns(value), "covers": estimate.covers}
+            row |= {**estimate.columns(value, value in ("accuracy", "auc", "flipped")), "covers": estimate.covers}
         row["accuracy_sd_seeds"] = correct[key].mean(axis=1).std()
         if "fold" in part:
             by_fold = part.groupby(["seed", "fold"])["correct"].mean()
@@ -3629,7 +3631,10 @@ def rater_agreement(answers: pd.DataFrame, draws: int = 1000, seed: int = 0) -> 
     rows = []
     for method, part in answers.groupby("method", sort=False):
         estimate, drawn = bootstrap_raters(part, draws, seed)
-        low, high = (drawn + pd.Series(estimate) - drawn.mean()).quantile([0.025, 0.975]).to_numpy()
+        bounds = (drawn + pd.Series(estimate) - drawn.mean()).quantile([0.025, 0.975])
+        shares = bounds.columns.str.match("aligned|by_chance")
+        bounds.loc[:, shares] = bounds.loc[:, shares].clip(0, 1)
+        low, high = bounds.to_numpy()
         rows.append({"method": method, "items": part["item"].nunique(), "raters": part["rater"].nunique()})
         for i, (name, figure) in enumerate(estimate.items()):
             rows[-1] |= {name: figure, f"{name}_low": low[i], f"{name}_high": high[i]}

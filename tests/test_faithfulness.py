@@ -488,6 +488,14 @@ def test_without_variance_between_trainings_the_interval_is_that_of_one_and_wide
     assert apart.low < one.low - 0.1 and apart.high > one.high + 0.1 and apart.value == pytest.approx(one.value)
 
 
+def test_the_interval_of_a_share_ends_where_shares_end():
+    wide = clvq.interval(np.array([[0.9], [0.99], [0.7]]))
+    assert wide.high > 1 and wide.columns("x")["x_high"] == wide.high
+    assert wide.columns("x", share=True) == {"x": wide.value, "x_low": wide.low, "x_high": 1}
+    alone = clvq.interval(np.array([[0.5]])).columns("x", share=True)
+    assert alone["x"] == 0.5 and math.isnan(alone["x_low"])
+
+
 def test_values_of_whole_trainings_have_students_interval_and_one_of_them_has_none():
     values = np.array([0.3, 0.5, 0.45])
     found, test = clvq.interval(values[:, None]), scipy.stats.ttest_1samp(values, 0)
