@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from clvq_core import Explanation, Pipeline
 
-# ======================================================================================================
+# ======================================================================================================================
 # 1 Command line
-# ======================================================================================================
+# ======================================================================================================================
 Scale = Literal["smoke", "laptop", "paper", "authors"]
 """The names of `clvq_core.PRESETS`, listed here so that help need not import the core."""
 Pairs = Annotated[list[str] | None, Option("-p", metavar="NAME VALUE", help="Set a parameter (repeatable).")]
@@ -429,9 +429,9 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 2 Notebooks, and sweeps from a file
-# ======================================================================================================
+# ======================================================================================================================
 def notebook_key(path: Path) -> str:
     """Hash of a notebook's code cells and of the steps' versions: what its outputs depend on, settings aside."""
     import clvq_core as core
@@ -442,8 +442,8 @@ def notebook_key(path: Path) -> str:
 
 
 def check_parameters(path: Path, scale: str | None, parameters: Mapping[str, Any]) -> None:
-    """ValueError in one sentence if a notebook cannot run like this: parameter, value, data, model or layer that does not
-    exist."""
+    """ValueError in one sentence if a notebook cannot run like this: parameter, value, data, model or layer that does
+    not exist."""
     import papermill
 
     import clvq_core as core
@@ -455,11 +455,12 @@ def check_parameters(path: Path, scale: str | None, parameters: Mapping[str, Any
         raise ValueError(f"notebook {path.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
     settings = {name: value for name, value in parameters.items() if name in core.Config.model_fields}
     scale = parameters.get("scale", scale or os.environ.get("CLVQ_SCALE", "smoke"))
-    core.Pipeline(core.configure(scale, **settings)).check()                # other parameters are the notebook's own affair
+    core.Pipeline(core.configure(scale, **settings)).check()                # what others do is the notebook's affair
 
 
 def tidy(notebook: Any, record: Mapping[str, Any]) -> Any:
-    """An executed notebook without progress bars, timings and paths of the machine, and with a record of how it was run."""
+    """An executed notebook without progress bars, timings and paths of the machine, and with a record of how it was
+    run."""
     for name in ("papermill", "widgets"):
         notebook.metadata.pop(name, None)
     notebook.metadata["clvq"] = dict(record)
@@ -559,8 +560,8 @@ class NotebookRun(NamedTuple):
         check_parameters(Path(self.notebook), self.scale, self.settings)
 
     def measure(self) -> pd.DataFrame:
-        """A row per number: metric, epoch (missing), value; the executed notebook is in ``attrs``. A notebook that fails stays
-        in the cache folder."""
+        """A row per number: metric, epoch (missing), value; the executed notebook is in ``attrs``. A notebook that
+        fails stays in the cache folder."""
         import nbformat
         import pandas as pd
 
@@ -625,9 +626,9 @@ def read_sweep(path: Path) -> list[Any]:
     return runs
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 3 Rating page
-# ======================================================================================================
+# ======================================================================================================================
 TABLES = """
 CREATE TABLE IF NOT EXISTS raters (number INTEGER PRIMARY KEY, token TEXT UNIQUE NOT NULL, joined TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS answers (rater INTEGER NOT NULL REFERENCES raters, item TEXT NOT NULL, label TEXT NOT NULL,
@@ -923,9 +924,9 @@ def limited_kernels(most: int) -> type:
     return LimitedKernels
 
 
-# ======================================================================================================
+# ======================================================================================================================
 # 4 Card, report and explorer
-# ======================================================================================================
+# ======================================================================================================================
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title>

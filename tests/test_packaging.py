@@ -185,3 +185,14 @@ def test_every_package_that_the_modules_import_is_required():
                 if not {canonicalize_name(source) for source in sources} & required:
                     missing.add(name)
     assert not missing
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_line_of_the_modules_is_over_120_characters(module):
+    lines = (ROOT / f"{module}.py").read_text("utf8").splitlines()
+    assert not [number for number, line in enumerate(lines, 1) if len(line) > 120]
+
+
+def test_the_core_never_imports_the_app():
+    names = [node.module for node in ast.walk(ast.parse((ROOT / "clvq_core.py").read_text("utf8"))) if isinstance(node, ast.ImportFrom)]
+    assert "clvq_app" not in names and "import clvq_app" not in (ROOT / "clvq_core.py").read_text("utf8")
