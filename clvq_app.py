@@ -344,6 +344,10 @@ def annotate(
 
         pipeline = Pipeline(configure(scale, **read_pairs(parameters))).check()
         make_study(pipeline, study, methods or ["CLVQ-VAE", "Ward clusters"], sentences, pipeline.config.seed)
+    if not (study / "clouds" / "practice.png").exists():
+        from clvq_core import draw_clouds
+
+        draw_clouds(study)
     store = AnswerStore(study, most_raters)
     print(f"{study}: {len(store.items)} items, answers of {store.count_raters()} raters in answers.sqlite; "
           "key.parquet says what is what, so keep it from raters")

@@ -98,7 +98,8 @@ __all__ = [
     "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank", "verdict",
     "compare_methods",
     # 14 human evaluation
-    "outcomes", "make_study", "read_study", "study_answers", "rater_agreement", "simulated_answers", "items_needed",
+    "outcomes", "make_study", "draw_clouds", "read_study", "study_answers", "rater_agreement", "simulated_answers",
+    "items_needed",
     # 15 steps, pipeline, sweeps
     "Step", "precompute", "run_parallel", "Pipeline", "published", "published_cells", "Run", "run_sweep",
     "sweep_results", "studies", "prepare_colab",
@@ -3515,8 +3516,8 @@ def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentenc
     """The paper's human evaluation (section 4.3) as a folder that keeps apart what raters may see and what not.
 
     Each sentence, sampled evenly over TP, TN, FP and FN, and each method make an item: the words in the training text
-    with the concept of the sentence's most salient position, and their counts. Raters see ``study.json`` (`read_study`)
-    and ``clouds/``, an image per item. ``key.parquet``: item, sentence, method, concept, predicted, label, outcome.
+    with the concept of the sentence's most salient position, and their counts. Raters see ``study.json`` (`read_study`),
+    as clouds (`draw_clouds`). ``key.parquet``: item, sentence, method, concept, predicted, label, outcome.
     """
     compared, trial = pipeline.named(methods), pipeline.trial
     if wrong := [method.name for method in compared if method.reads != pipeline.layers[0]]:
@@ -3549,18 +3550,26 @@ PRACTICE = {"delicious": 9, "tasty": 7, "fresh": 5, "crisp": 3, "ripe": 2}      
 def write_study(folder: Path, classes: Sequence[str], seed: int, items: Sequence[Mapping[str, Any]],
                 key: pd.DataFrame) -> None:
     """Write a study, ``study.json`` last, so that a killed run leaves none that looks complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "key.parquet", key.to_parquet)
+    about = json.dumps({"classes": classes, "seed": seed, "practice": PRACTICE, "items": items}, ensure_ascii=False)
+    write_whole(folder / "study.json", lambda partial: partial.write_text(about, "utf8"))
+
+
+def draw_clouds(folder: Path) -> None:
+    """Draw what raters see of a study: an image per item, and one to practise on. What is there already stays."""
     from matplotlib import pyplot as plt
-    (folder / "clouds").mkdir(parents=True, exist_ok=True)
-    for name, words in {"practice": PRACTICE, **{item["id"]: item["words"] for item in items}}.items():
+    (folder / "clouds").mkdir(exist_ok=True)
+    clouds = {item["id"]: item["words"] for item in read_study(folder)["items"]} | {"practice": PRACTICE}
+    for name, words in tqdm(clouds.items(), desc="drawing clouds", unit="cloud"):
+        if (path := folder / "clouds" / f"{name}.png").exists():
+            continue
         figure, axes = plt.subplots(figsize=(6.4, 4))
         if words:
             word_cloud(words, axes)
         axes.axis("off")
-        figure.savefig(folder / "clouds" / f"{name}.png", dpi=150, transparent=True)
+        write_whole(path, partial(figure.savefig, dpi=150, transparent=True, format="png"))
         plt.close(figure)
-    write_whole(folder / "key.parquet", key.to_parquet)
-    about = json.dumps({"classes": classes, "seed": seed, "practice": PRACTICE, "items": items}, ensure_ascii=False)
-    write_whole(folder / "study.json", lambda partial: partial.write_text(about, "utf8"))
 
 
 def read_study(folder: Path) -> dict[str, Any]:

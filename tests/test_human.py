@@ -41,6 +41,7 @@ def write_study(folder: Path, sentences: int = 6, methods: tuple[str, ...] = ("C
                 )
             )
     clvq.write_study(folder, ["negative", "positive"], 1, items, pd.DataFrame(rows))
+    clvq.draw_clouds(folder)
     return folder
 
 
@@ -257,6 +258,7 @@ def test_what_stands_in_a_study_is_no_markup_on_the_page(tmp_path):
     clvq.write_study(
         tmp_path, ["<b>", "b"], 0, [{"id": "a", "group": 0, "words": {'"><script>': 2}}], pd.DataFrame({"item": ["a"]})
     )
+    clvq.draw_clouds(tmp_path)
     cloud = clvq_app.AnswerStore(tmp_path).cloud("a")
     assert "<script" not in cloud and "&quot;&gt;&lt;script&gt; 2" in cloud and cloud.count("<") == 1
 
