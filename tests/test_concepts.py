@@ -53,7 +53,8 @@ def test_the_table_survives_a_parquet_file(table, tmp_path):
 
 @pytest.mark.parametrize(("text", "word", "marked"), [
     ("a good film", "good", "a «good» film"), ("goodness is good", "good", "goodness is «good»"),
-    ("why ? ( what )", "(", "why ? «(» what )"),
+    ("why ? ( what )", "(", "why ? «(» what )"), (r"to \1 or \g<0>", r"\1", r"to «\1» or \g<0>"), (r"a \ b", "\\", r"a «\» b"),
+    (r"a \g<0> b", r"\g<0>", r"a «\g<0>» b"),
     ("ein schöner Film", "schöner", "ein «schöner» Film"), ("100% sure", "100", "«100»% sure"),
 ])
 def test_a_word_is_marked_where_it_stands_alone(text, word, marked):
@@ -80,10 +81,10 @@ def shown(frame: pd.DataFrame, monkeypatch) -> dict:
 
 def test_nothing_in_a_table_is_taken_for_html_or_markdown(monkeypatch):
     evil = "<script>alert(1)</script> | `x` | {cite}`y` [a](b) $z$"
-    bundle = shown(pd.DataFrame({"text": [evil]}), monkeypatch)
+    bundle = shown(pd.DataFrame({evil: [evil]}), monkeypatch)
     assert "<script>" not in bundle["text/html"] and "&lt;script&gt;" in bundle["text/html"]
-    row = bundle["text/markdown"].splitlines()[5]
-    assert row.count("|") - row.count("\\|") == 2 and "\\<script\\>" in row and "\\{cite\\}\\`y\\`" in row
+    head, row = (bundle["text/markdown"].splitlines()[line] for line in (3, 5))
+    assert head == row and row.count("|") - row.count("\\|") == 2 and "\\<script\\>" in row and "\\{cite\\}\\`y\\`" in row
 
 
 def test_a_table_has_caption_name_and_rounded_numbers(monkeypatch):
@@ -96,3 +97,12 @@ def test_a_table_has_caption_name_and_rounded_numbers(monkeypatch):
 def test_published_numbers_are_found_by_column():
     assert clvq.published(table=1, model="RoBERTa", dataset="ERASER-Movie", value="CLVQ-VAE")["mean"].item() == 0.0782
     assert set(clvq.published()["table"]) == {1, 2, 3, 4, 5, 7, 8, 9, 10, 11}
+
+
+@pytest.mark.parametrize(("numbers", "options", "text"), [
+    ((0.1234, 0.1, 0.15), {}, "0.123 (0.100 to 0.150)"), ((-0.02, -0.04, 0.001), {"form": "+.3f"}, "-0.020 (-0.040 to +0.001)"),
+    ((0.5, np.nan, np.nan), {"form": ".2f"}, "0.50"), ((np.nan, np.nan, np.nan), {}, "–"),
+    ((12.0, 10.4, 14.0), {"form": ".0f"}, "12 (10 to 14)"),
+])
+def test_a_number_is_shown_with_its_interval_where_it_has_one(numbers, options, text):
+    assert clvq.interval_text(*numbers, **options) == text

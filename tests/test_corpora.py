@@ -264,6 +264,18 @@ def test_a_split_with_one_class_alone_on_a_side_is_refused(refused, tmp_path, si
         load(save(frame, tmp_path / "side.csv"), text_column="body", label_column="stars")
 
 
+def test_a_class_that_would_lose_all_its_rows_to_a_limit_is_named_with_the_limit(refused, tmp_path):
+    frame = reviews(4020).assign(stars=lambda f: np.where(f["id"] < 20, "rare", np.where(f["id"] % 2, "good", "bad")))
+    path = save(frame, tmp_path / "rare.csv")
+    columns = dict(text_column="body", label_column="stars")
+    with refused("'train'", "class rare", "train_sentences=60"):
+        load(path, **columns, train_sentences=60)
+    with refused("'test'", "class rare", "test_sentences=60"):
+        load(path, **columns, test_sentences=60)
+    corpus = load(path, **columns, train_sentences=200)
+    assert corpus.groupby(["split", "label"]).size().min() >= 1 and (corpus["split"] == "train").sum() == 200
+
+
 # --- words --------------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +433,55 @@ def test_eraser_gives_the_sentences_of_each_piece_of_evidence(tmp_path, form):
     assert test["label"].value_counts().to_dict() == {"positive": 12, "negative": 12}
 
 
+@pytest.mark.parametrize("place", ["absolute", "above", "link", "docs", "missing", "tar"])
+def test_eraser_reads_no_file_outside_its_reviews(tmp_path, refused, place):
+    folder, secret = eraser_folder(tmp_path / "movies"), tmp_path / "secret.txt"
+    secret.write_text("a secret\n" * 5, "utf8")
+    names = {"absolute": str(secret), "above": "../../secret.txt", "missing": "none.txt", "docs": "secret.txt"}
+    if place in ("link", "tar"):
+        (folder / "docs" / "link.txt").symlink_to(secret)
+    if place == "docs":
+        (folder / "docs").rename(tmp_path / "reviews")
+        (folder / "docs").symlink_to(tmp_path)
+    lines = (folder / "train.jsonl").read_text("utf8").replace("train3.txt", names.get(place, "link.txt"))
+    (folder / "train.jsonl").write_text(lines, "utf8")
+    path = folder
+    if place == "tar":
+        path = tmp_path / "movies.tar"
+        with tarfile.open(path, "w") as archive:
+            archive.add(folder, "movies")
+    with refused("neither a folder nor a tar" if place == "tar" else "not a file in docs"):
+        clvq.read_eraser(path, clvq.configure("paper"))
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"evidences": [[{"docid": "train1.txt"}]]}'])
+def test_what_is_not_in_erasers_format_is_refused(tmp_path, refused, line):
+    folder = eraser_folder(tmp_path / "movies")
+    (folder / "train.jsonl").write_text(line, "utf8")
+    with refused("ERASER's format"):
+        clvq.read_eraser(folder, clvq.configure("paper"))
+
+
+@pytest.mark.parametrize("pattern", ["{}/out/rows.csv", "../out/rows.csv"])
+def test_a_folders_readme_opens_no_file_outside_it(tmp_path, refused, pattern):
+    for name in ("out", "data"):
+        (tmp_path / name).mkdir()
+        save(reviews(), tmp_path / name / "rows.csv")
+    columns = dict(text_column="body", label_column="stars")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    assert len(load(tmp_path / "data", **columns)) == len(load(tmp_path / "link", **columns)) == 60
+    readme = f'---\nconfigs:\n- config_name: default\n  data_files: "{pattern.format(tmp_path)}"\n---\n'
+    (tmp_path / "data" / "README.md").write_text(readme)
+    with refused("outside the folder"):
+        load(tmp_path / "data", **columns)
+
+
+def test_jigsaw_with_other_classes_is_refused(tmp_path, refused):
+    path = save(kaggle().assign(toxic=lambda f: f["toxic"] * 2), tmp_path / "train.csv")
+    with refused("'toxic'"):
+        load(f"jigsaw:{path}")
+
+
 def test_a_sentence_with_two_pieces_of_evidence_stays_twice_but_not_on_both_sides(tmp_path):
     corpus = load(f"eraser-movie:{eraser_folder(tmp_path / 'movies', 30)}", max_words=20)
     train, test = (corpus[corpus["split"] == split] for split in ("train", "test"))
@@ -510,7 +571,7 @@ def test_a_data_set_of_the_hub_is_read_with_its_columns_and_the_names_of_its_cla
 
 
 @pytest.mark.parametrize("dataset, sentence", [
-    ("owner/name", "not to be had from the Hub"), ("jigsaw", "download its train.csv"), ("jigsaw:{}/none.csv", "there is no"),
+    ("owner/name", "cannot be loaded as a data set"), ("jigsaw", "download its train.csv"), ("jigsaw:{}/none.csv", "there is no"),
     ("eraser-movie:{}", "has no train.jsonl"), ("eraser-movie:{}/reviews.csv", "neither a folder nor a tar"),
     ("ag_news:{}", "is not AG News"),
     ("ag_news:{}/reviews.csv", "is not AG News"), ("jigsaw:{}/reviews.csv", "has no column 'comment_text'"), ("nothing", "owner/name"),

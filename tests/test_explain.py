@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+import clvq_app
 import clvq_core as clvq
 
 QUICK = dict(train_sentences=100, test_sentences=60, finetune_epochs=1, epochs=2, n_codes=20, folds=3, probe_epochs=3)
@@ -48,12 +49,12 @@ def test_each_sentence_has_its_own_concepts_once_and_random_others(pipeline):
 
 def test_a_removal_that_takes_nothing_away_changes_nothing(pipeline):
     trial, layer = pipeline.trial, pipeline.layers[0]
-    model = pipeline.trained(pipeline.layers)
-    mean, _, word_mean = trial.centre(layer)
-    model.quantizer.codebook.copy_(word_mean.expand_as(model.vectors))                      # nothing tells a code from the mean
+    model = pipeline.vqvae(*pipeline.layers)
+    model.quantizer.codebook.copy_(model.centre.expand_as(model.vectors))                   # nothing tells a code from the mean
     tokens = trial.test.tokens.assign(concept=0)
     texts = pipeline.test["text"].tolist()
-    found = clvq.concept_effects(model, pipeline.language_model, texts, tokens, (mean, word_mean), pipeline.config)
+    use = np.ones(len(model.vectors))
+    found = clvq.concept_effects(model, pipeline.language_model, texts, tokens, trial.centre(layer), use, pipeline.config)
     assert found["confidence"].abs().max() < 1e-5 and not found["flipped"].any()
 
 
@@ -85,7 +86,10 @@ def test_the_report_is_ordered_by_what_each_concept_costs_less_random_ones(pipel
     low, high = stats.t.interval(0.95, len(gaps) - 1, gaps.mean(), stats.sem(gaps))
     assert (row["effect_low"], row["effect_high"]) == (pytest.approx(low), pytest.approx(high))
     assert report["stability"].between(0, 1).all() and report["stability"].nunique() > 5
-    assert report.loc[report["sentences"] == 1, "effect_low"].isna().all()
+    assert report.loc[report["sentences"] == 1, ["effect_low", "p", "p_adjusted"]].isna().all(axis=None)
+    assert row["p"] == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
+    known = report["p"].notna()
+    np.testing.assert_allclose(report.loc[known, "p_adjusted"], stats.false_discovery_control(report.loc[known, "p"]))
 
 
 def test_one_seed_leaves_stability_open(pipeline):
@@ -93,12 +97,43 @@ def test_one_seed_leaves_stability_open(pipeline):
 
 
 def test_the_reports_page_needs_no_other_and_shows_text_as_text(pipeline, tmp_path):
-    pipeline.report.loc[0, "words"] = "<script>alert(1)</script>"
-    page = pipeline.write_report(tmp_path / "new" / "report.html", most=5).read_text("utf8")
+    for column in ("words", "label"):
+        pipeline.report.loc[0, column] = "<script>alert(1)</script>"
+    pipeline.report.at[0, "examples"] = ["<script>alert(1)</script> «film»"]
+    page = clvq_app.write_report(pipeline, tmp_path / "new" / "report.html", most=5).read_text("utf8")
     del pipeline.report
-    assert "<script" not in page and "&lt;script&gt;" in page and not re.search(r"https?://|src=|@import", page)
+    assert "<script" not in page and page.count("&lt;script&gt;") == 3 and not re.search(r"https?://|src=|@import", page)
     tables = pd.read_html(tmp_path / "new" / "report.html", flavor="lxml") if clvq.importlib.util.find_spec("lxml") else []
     assert page.count("<tr") == 6 and all(len(table) == 5 for table in tables)
+
+
+def test_the_explorers_table_has_each_concept_in_use_with_what_report_and_codebook_say_of_it(pipeline):
+    table, report = pipeline.explorer_table, pipeline.report.set_index("concept")
+    in_use = pipeline.concepts[pipeline.concepts["size"] > 0].set_index("concept")
+    assert table["concept"].tolist() == in_use.index.tolist() and table["states"].tolist() == in_use["size"].tolist()
+    vectors = pipeline.clvqvae.vectors.cpu().double()
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    for row in table.itertuples():
+        if row.concept in report.index:
+            assert row.effect == pytest.approx(report.loc[row.concept, "effect"], abs=1e-4)
+        else:
+            assert np.isnan(row.effect) and np.isnan(row.flipped)
+        similar = (unit @ unit[row.concept]).topk(6)[1].tolist()
+        assert set(row.near) == set(similar) - {row.concept}
+    assert np.isfinite(table[["x", "y"]]).all(axis=None) and len(table[["x", "y"]].drop_duplicates()) > len(table) / 2
+
+
+def test_the_explorers_page_shows_text_as_text(pipeline, tmp_path):
+    pipeline.explorer_table.loc[0, "words"] = "</script><script>alert(1)</script> ×2, film ×1"
+    page = clvq_app.write_explorer(pipeline, tmp_path / "explorer.html").read_text("utf8")
+    concepts = len(pipeline.explorer_table)
+    del pipeline.explorer_table
+    assert f"{concepts} concepts of " in page and "<script>alert" not in page and page.startswith("<!doctype html>")
+
+
+def test_an_explanations_page_shows_text_as_text(pipeline, tmp_path):
+    page = clvq_app.write_card(pipeline.explain("<script>dull</script> & overlong"), tmp_path / "card.html").read_text("utf8")
+    assert "<title>&lt;script&gt;dull&lt;/script&gt; &amp; overlong</title>" in page and "<script" not in page
 
 
 # --- single texts -------------------------------------------------------------------------------------------------
@@ -155,9 +190,31 @@ def test_a_long_text_is_explained_as_far_as_the_model_reads(pipeline):
 def test_the_command_explains_a_text_and_writes_a_page(pipeline, tmp_path, capsys):
     settings = [part for name, value in {**QUICK, "seeds": 2}.items() for part in ("-p", name, str(value))]
     page = tmp_path / "card.html"
-    assert clvq.main(["explain", "a dull film", "--scale", "smoke", "--top", "2", "--html", str(page), *settings]) == 0
+    assert clvq_app.main(["explain", "a dull film", "--scale", "smoke", "--top", "2", "--html", str(page), *settings]) == 0
     said = capsys.readouterr().out
     assert "a dull film" in said and "Without a random concept" in said and said.count("nearest in the training text") <= 2
     assert page.read_text("utf8").startswith("<!doctype html>")
-    assert clvq.main(["explain", " ", "--scale", "smoke", *settings]) == 2
-    assert clvq.main(["explain", "film", "--data", "nowhere.csv"]) == 2
+    assert clvq_app.main(["explain", " ", "--scale", "smoke", *settings]) == 2
+    assert clvq_app.main(["explain", "film", "--data", "nowhere.csv"]) == 2
+
+
+# --- what people are asked --------------------------------------------------------------------------------------------
+
+
+def test_the_command_makes_a_study_of_clouds_that_says_nothing_of_methods_predictions_and_sentences(pipeline, tmp_path, capsys):
+    settings = [part for name, value in {**QUICK, "seeds": 2}.items() for part in ("-p", name, str(value))]
+    command = ["annotate", str(tmp_path / "study"), "--scale", "smoke", "--sentences", "6", "--make-only", *settings]
+    assert clvq_app.main(command) == 0 and "12 items, answers of 0 raters" in capsys.readouterr().out
+    key, study = pd.read_parquet(tmp_path / "study" / "key.parquet"), clvq.read_study(tmp_path / "study")
+    assert key["method"].value_counts().to_dict() == {"CLVQ-VAE": 6, "Ward clusters": 6} and key["sentence"].nunique() == 6
+    seen = (tmp_path / "study" / "study.json").read_text("utf8")
+    assert set(study) == {"classes", "seed", "practice", "items"} and set(study["items"][0]) == {"id", "group", "words"}
+    assert not any(method in seen for method in ("CLVQ", "Ward", "predicted")) and study["classes"] == pipeline.label_names
+    drawn = {path.stem for path in (tmp_path / "study" / "clouds").iterdir()}
+    assert drawn == {"practice", *key["item"]} == {"practice", *(item["id"] for item in study["items"])}
+    texts, labels = pipeline.train["text"], [pipeline.label_names[label] for label in pipeline.train["label"]]
+    answers = clvq.simulated_answers(tmp_path / "study", texts, labels, raters=3)
+    assert len(answers) == 3 * 12 and clvq.study_answers(tmp_path / "study").empty
+    assert set(clvq.study_answers(tmp_path / "study").columns) == set(answers.columns)
+    with pytest.raises(ValueError, match="is no study"):
+        clvq_app.AnswerStore(tmp_path)

@@ -1,5 +1,6 @@
 """The faithfulness protocol: the projection, the probes of all folds together, planted concepts, the summary."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -179,7 +180,7 @@ def test_dropout_acts_in_training_and_not_in_scoring():
     h, labels = noisy_data()
     config = probe_settings(folds=4, probe_dropout=0.5, probe_epochs=5)
     folds = clvq.make_folds(labels.numpy(), config)
-    with_dropout, without = (clvq.train_probes(h[None], labels, folds, replace(config, probe_dropout=p)) for p in (0.5, 0.0))
+    with_dropout, without = (clvq.train_probes(h[None], labels, folds, config.replace(probe_dropout=p)) for p in (0.5, 0.0))
     assert not torch.allclose(with_dropout.weight1, without.weight1, atol=1e-4)
     for fold, held in enumerate(folds.held):
         w1, b1, w2, b2 = (p[fold] for p in with_dropout)
@@ -192,7 +193,7 @@ def test_probes_depend_on_the_seed_alone_and_the_global_state_stays():
     config = probe_settings(folds=3, probe_epochs=3)
     folds = clvq.make_folds(labels.numpy(), config)
     before = torch.random.get_rng_state()
-    first, again, other = (clvq.train_probes(h[None], labels, folds, replace(config, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (clvq.train_probes(h[None], labels, folds, config.replace(seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
 
@@ -265,7 +266,8 @@ def test_results_have_a_row_for_each_sentence_and_variant_with_what_was_predicte
     trial = planted[0]
     assert results.columns.tolist() == ["method", "layer", "removed", "way", "probe", "seed", "sentence", "fold", "label", "predicted",
                                         "correct", "flipped", "share", "distance", "p0", "p1"]  # fmt: skip
-    controls = {"gaussian", "random code", "random word", "other class", "mean", "first component", "matched norm"}
+    controls = {"gaussian", "random code", "random word", "other class", "mean", "first component", "matched norm",
+                "random code, equal norm"}  # fmt: skip
     left_out = {("centred", "mean"), *(("subtraction", name) for name in ("mean", "gaussian", "first component"))}
     frozen = {(way, name) for way in ("projection", "centred", "subtraction") for name in {"concept", *controls}} - left_out
     own = results[results["method"] == "planted"]
@@ -298,9 +300,9 @@ def test_the_protocol_depends_on_the_seed_alone(planted, make_trial):
 def test_the_random_direction_is_gaussian_and_another_one_for_each_sentence(planted):
     trial, method = planted
     found = trial.removals(method)["gaussian"]
-    assert len(found.along.unique(dim=0)) == 200 and torch.linalg.matrix_rank(found.along) == 12
-    assert scipy.stats.kstest(found.along.flatten().numpy(), "norm").pvalue > 1e-3
-    torch.testing.assert_close(F.cosine_similarity(found.along, found.away), torch.ones(200))
+    assert len(found.vector.unique(dim=0)) == 200 and torch.linalg.matrix_rank(found.vector) == 12
+    assert scipy.stats.kstest(found.vector.flatten().numpy(), "norm").pvalue > 1e-3
+    torch.testing.assert_close(F.cosine_similarity(found.vector, found.offset), torch.ones(200))
 
 
 @pytest.mark.parametrize("copy", [0.0, 2.0])
@@ -376,9 +378,12 @@ def test_a_sentence_counts_with_its_mean_over_seeds_and_the_deviation_over_seeds
     assert summary["accuracy_sd_seeds"].tolist() == pytest.approx([1 / 3 / np.sqrt(2), 1 / 6 / np.sqrt(2)])
     assert summary["accuracy_sd_folds"].tolist() == pytest.approx([(np.sqrt(1 / 12) + 1 / 2) / 2, (1 / 2 + np.sqrt(1 / 12)) / 2])
     assert summary.loc["concept", "change"] == pytest.approx(5 / 12 - 2 / 3)
-    # one sentence has 1/2, 1/2, 1, 0, 1, 1: two seeds are not twice the sentences
-    draws = clvq.resamples(6, probe_settings(bootstrap=100))[1:] @ [0.5, 0.5, 1, 0, 1, 1] / 6
-    assert summary.loc["nothing", ["accuracy_low", "accuracy_high"]].tolist() == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+    # one sentence has 1/2, 1/2, 1, 0, 1, 1: two seeds are not twice the sentences, and 5/6 and 1/2 are not 2/3 twice
+    within = (clvq.resamples(6, probe_settings(bootstrap=100))[1:] @ [0.5, 0.5, 1, 0, 1, 1] / 6).var()
+    between = (1 / 3) ** 2 / 4  # the variance of the two, (1/3)^2 / 2, less than half as large for their mean
+    half = scipy.stats.t.ppf(0.975, ((within + between) / between) ** 2) * np.sqrt(within + between)
+    found = summary.loc["nothing", ["accuracy_low", "accuracy_high"]].tolist()
+    assert found == pytest.approx([2 / 3 - half, 2 / 3 + half]) and (summary["covers"] == "sentences and seeds").all()
 
 
 def test_the_order_of_the_rows_does_not_matter():
@@ -452,6 +457,90 @@ def test_resamples_are_those_of_whole_sentences_and_depend_on_the_seed_alone():
     assert not first["accuracy_low"].equals(other["accuracy_low"])
 
 
+# --- intervals over sentences and seeds ---------------------------------------------------------------------------
+
+
+def covered(seed_deviation: float, seeds: int = 3, sentences: int = 200, runs: int = 400) -> float:
+    """How often the interval holds the true mean, 0, of sentences that trainings share and whose deviation is 0.4."""
+    draw, hits = np.random.default_rng(0), 0
+    for run in range(runs):
+        values = draw.normal(0, 0.4, sentences) + draw.normal(0, 0.2, (seeds, sentences))
+        values += draw.normal(0, seed_deviation, (seeds, 1))
+        found = clvq.mean_interval(values, probe_settings(bootstrap=200, seed=run))
+        hits += found.low <= 0 <= found.high
+        assert found.covers == "sentences and seeds" and found.low < found.value < found.high
+    return hits / runs
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 10.0])
+def test_intervals_over_three_seeds_hold_the_truth_in_95_percent_whether_seeds_vary_or_not(ratio):
+    # the deviation of the mean over three seeds, in deviations of the mean over sentences
+    assert 0.91 <= covered(ratio * 0.4 / np.sqrt(200) * np.sqrt(3)) <= 0.98
+
+
+def test_without_variance_between_trainings_the_interval_is_that_of_one_and_widens_with_it():
+    values = np.random.default_rng(0).random(300)
+    one = clvq.mean_interval(values, probe_settings(bootstrap=4000))
+    same, apart = (clvq.mean_interval(values + np.array(gaps)[:, None], probe_settings(bootstrap=4000))
+                   for gaps in ([0, 0, 0], [-0.1, 0, 0.1]))  # fmt: skip
+    assert one.covers == "sentences" and same.covers == apart.covers == "sentences and seeds"
+    assert (same.low, same.high) == pytest.approx((one.low, one.high), abs=2e-3)
+    assert apart.low < one.low - 0.1 and apart.high > one.high + 0.1 and apart.value == pytest.approx(one.value)
+
+
+def test_the_interval_of_a_share_ends_where_shares_end():
+    wide = clvq.interval(np.array([[0.9], [0.99], [0.7]]))
+    assert wide.high > 1 and wide.columns("x")["x_high"] == wide.high
+    assert wide.columns("x", share=True) == {"x": wide.value, "x_low": wide.low, "x_high": 1}
+    alone = clvq.interval(np.array([[0.5]])).columns("x", share=True)
+    assert alone["x"] == 0.5 and math.isnan(alone["x_low"])
+
+
+def test_values_of_whole_trainings_have_students_interval_and_one_of_them_has_none():
+    values = np.array([0.3, 0.5, 0.45])
+    found, test = clvq.interval(values[:, None]), scipy.stats.ttest_1samp(values, 0)
+    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval())) and found.p == pytest.approx(test.pvalue)
+    assert found.covers == "seeds"
+    alone = clvq.interval(values[:1, None])
+    assert alone.value == 0.3 and np.isnan([alone.low, alone.high, alone.p]).all() and alone.covers == ""
+
+
+def test_the_interval_takes_any_statistic_of_resampled_sentences():
+    part = chances(2)
+    weights = clvq.resamples(90, probe_settings(bootstrap=100))
+    areas = clvq.auc(part["p1"].to_numpy(), part["label"].to_numpy() == 1, weights)
+    found = clvq.interval(areas)
+    assert found.value == areas[0] and (found.low, found.high) == tuple(np.quantile(areas[1:], [0.025, 0.975]))
+
+
+def test_the_summary_adjusts_the_p_values_of_all_its_changes_by_holm_and_counts_no_comparison_with_itself():
+    draw = np.random.default_rng(0)
+    parts = [answers((draw.random(200) < chance).tolist(), seed, removed=name)
+             for name, chance in (("nothing", 0.9), ("a", 0.89), ("b", 0.8), ("c", 0.5)) for seed in range(3)]  # fmt: skip
+    summary = summarised(*parts)
+    assert np.isnan(summary.loc["nothing", ["change_p", "change_p_holm"]].astype(float)).all()
+    p, adjusted = (summary.loc[["a", "b", "c"], name].to_numpy() for name in ("change_p", "change_p_holm"))
+    assert (np.diff(p) < 0).all() and p[0] > 0.05 > p[2]
+    order = np.sort(p) * [3, 2, 1]
+    assert np.sort(adjusted) == pytest.approx(np.minimum(np.maximum.accumulate(order), 1))
+
+
+def test_differences_are_paired_by_the_seeds_that_both_have():
+    both = [answers(FIRST, 0, removed="nothing"), answers(SECOND, 0), answers(FIRST, 1)]
+    summary = summarised(*both)
+    assert summary.loc["concept", "change"] == pytest.approx(-2 / 6) and summary["seeds"].tolist() == [1, 2]
+    none = summarised(answers(FIRST, 0, removed="nothing"), answers(SECOND, 1))["change"]
+    assert none["nothing"] == 0 and np.isnan(none["concept"])
+
+
+@pytest.mark.parametrize(("method", "expected"), [("holm", [0.04, 0.09, np.nan, 0.09]), ("fdr_bh", [0.03, 0.045, np.nan, 0.045])])
+def test_adjusted_p_values_are_those_worked_by_hand(method, expected):
+    # three of them; Holm: x 3, x 2, x 1, never less than before; Benjamini-Hochberg: x 3, x 3/2, x 1, never more than after
+    p = {"holm": [0.04 / 3, 0.045, np.nan, 0.06], "fdr_bh": [0.01, 0.03, np.nan, 0.045]}[method]
+    assert clvq.adjust_p_values(np.array(p), method) == pytest.approx(expected, nan_ok=True)
+    assert np.isnan(clvq.adjust_p_values(np.array([np.nan]), method)).all()
+
+
 # --- area under the ROC curve -------------------------------------------------------------------------------------
 
 
@@ -499,3 +588,35 @@ def test_the_interval_of_the_area_is_that_of_the_resampled_sentences():
     repeated = [np.repeat(np.arange(90), weights.astype(int)) for weights in clvq.resamples(90, probe_settings(bootstrap=100))[1:]]
     areas = [roc_auc_score(part["label"].to_numpy()[rows], part["p1"].to_numpy()[rows]) for rows in repeated]
     assert summary[["auc_low", "auc_high"]].tolist() == pytest.approx(np.quantile(areas, [0.025, 0.975]))
+
+
+# --- what notebooks say -------------------------------------------------------------------------------
+
+
+def test_a_cell_shows_an_interval_in_any_format_and_nothing_that_is_not_there():
+    row = {"change": -0.25, "change_low": -0.5, "change_high": 0.125, "flipped": 0.5, "flipped_low": math.nan, "flipped_high": math.nan,
+           "auc": math.nan, "auc_low": math.nan, "auc_high": math.nan}
+    assert clvq.interval_cell(row, "change", "+.2f") == "-0.25 (-0.50 to +0.12)"
+    assert clvq.interval_cell(row, "flipped", ".0%") == "50%"
+    assert clvq.interval_cell(row, "auc") == "–"
+
+
+def test_methods_are_called_worse_or_better_only_by_adjusted_p_values(tiny_config):
+    rng, parts = np.random.default_rng(0), []
+    for method, accuracy in {"CLVQ-VAE": 0.6, "k-means": 0.6, "Ward clusters": 0.2, "random states": 0.95}.items():
+        parts += [pd.DataFrame({"method": method, "layer": 1, "removed": "concept", "way": "projection", "probe": "frozen", "seed": seed,
+                                "sentence": range(300), "correct": rng.random(300) < accuracy}) for seed in (1, 2, 3)]
+    results = pd.concat(parts)
+    other_way = results.assign(way="centred", correct=~results["correct"])
+    table = clvq.compare_methods(pd.concat([results, other_way]), tiny_config, 1)
+    told = {"k-means": "cannot be told from", "Ward clusters": "costs more than", "random states": "costs less than"}
+    assert table["verdict"].to_dict() == told
+    assert table["learned"].to_dict() == {"k-means": True, "Ward clusters": True, "random states": False}
+    assert clvq.verdict({"change": -0.1, "change_p_holm": math.nan}) == "cannot be told from"
+    assert clvq.verdict({"change": -0.1, "change_p_holm": 0.06}) == "cannot be told from"
+
+
+def test_published_figures_are_found_by_our_names():
+    table1 = dict(table=1, model="RoBERTa", dataset="ERASER-Movie")
+    cells = clvq.published_cells(["CLVQ-VAE", "single-layer VQ-VAE, layer 4", "SAE 2048, decoder", "k-means"], (4, 6), **table1)
+    assert cells == ["0.078 ± 0.045", "0.095 ± 0.046", "0.227 ± 0.055", "–"]

@@ -1,6 +1,11 @@
 """Language models of other families: tiny ones with random weights, saved to a folder with a tokenizer trained here, and taken from it
 as a user's own would be."""
 
+import copy
+import dataclasses
+import io
+import json
+import sys
 from pathlib import Path
 
 import httpx2
@@ -10,7 +15,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import clvq_core as clvq
 
@@ -30,6 +35,9 @@ CASES = {
     "digits": "( 1999 ) $10.50 1,000",
     "one long word": "antidisestablishmentarianism" * 3,
     "longer than the model": "good " * 90 + "end",
+    "marks that touch": "The kettle works well,again... “(really)”?! 10,000£",
+    "lines": "one line\n\nand another\tone",
+    "a special token": "good </s> [SEP] bad",
 }
 """What makes alignment hard. The tiny models take 80 sub-words, and `setup` allows 60."""
 TEXTS = ["a gripping , moving film .", CASES["contractions"], CASES["emoji"], "the end of a long , long story ( 1999 )", CASES["CJK"]]
@@ -40,7 +48,7 @@ ENCODERS = {
     "XLMRoberta": ("unigram", {**SMALL, "max_position_embeddings": 84}),
     "MPNet": ("wordpiece", {**SMALL, "max_position_embeddings": 84}),
     "DistilBert": ("wordpiece", {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 80}),
-    "DebertaV2": ("unigram", {**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}),
+    "DebertaV2": ("metaspace", {**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}),
     "ModernBert": ("byte-level", {**SMALL, "global_attn_every_n_layers": 2, "local_attention": 8}),
     "Electra": ("wordpiece", {**SMALL, "embedding_size": 16}),
 }
@@ -52,6 +60,7 @@ DECODERS = {
     "Gemma2": ("byte-level", {**GROUPED, "head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 2.0}),
     "GPT2": ("byte-level", dict(n_embd=32, n_layer=3, n_head=4, n_positions=80)),
     "GPTNeoX": ("byte-level", SMALL),
+    "Qwen3": ("split", {**GROUPED, "head_dim": 8}),
 }
 
 ANSWERS = ["negative", "positive"]
@@ -67,19 +76,29 @@ def trained_tokenizer(kind: str, decoder: bool = False) -> transformers.PreTrain
     if kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token=special[0]))
         tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(**options)
-    elif kind == "unigram":
+        tokenizer.decoder, trainer = decoders.WordPiece(cleanup=False), trainers.WordPieceTrainer(**options)
+    elif kind in ("unigram", "metaspace"):
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace() if kind == "unigram" else None  # nothing says how ids become text
         trainer = trainers.UnigramTrainer(unk_token=special[0], **options)
     elif kind == "sentencepiece":
         tokenizer = Tokenizer(models.BPE(unk_token=special[0], fuse_unk=True, byte_fallback=True))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no sub-word is learnt across blanks
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
         options["special_tokens"] = special + [f"<0x{i:02X}>" for i in range(256)]
         trainer = trainers.BpeTrainer(limit_alphabet=60, **options)
-    else:
+    else:  # nothing puts a blank before words that come one by one
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "byte-level")
+        if kind == "split":  # a word takes the mark before it along, as in Llama 3 and Qwen
+            pieces = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+            split = pre_tokenizers.Split(pieces, "isolated")
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, tokenizer.pre_tokenizer])
         trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **options)
     tokenizer.train_from_iterator(words, trainer)
     named = dict(unk_token=special[0], model_max_length=80, tokenizer_object=tokenizer)
@@ -118,25 +137,64 @@ def setup(**settings) -> clvq.Config:
     return clvq.configure("smoke", max_tokens=60, salience_steps=3, **settings)
 
 
+def read_and_written(lm: clvq.LanguageModel, ids: torch.Tensor, text: str) -> tuple[str, str]:
+    """What the ids decode to, and what the tokenizer makes of the text in its prompt before it splits it; blanks alike."""
+    normalizer = lm.tokenizer.backend_tokenizer.normalizer
+    written = lm.prompt.replace("{text}", text.strip()) if lm.prompt else text
+    written = normalizer.normalize_str(written).replace("▁", " ") if normalizer else written
+    read = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    for special in ("[CLS]", "[SEP]", "<s>"):  # and not all that are called special: there are bytes among them
+        read = read.replace(special, "")
+    return tuple(("" if not lm.sees_blanks else " ").join(each.split()) for each in (read, written))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "a special token"])
+def test_the_ids_of_any_text_decode_to_that_text(lm, case):
+    if lm.tokenizer.backend_tokenizer.decoder is None:
+        pytest.skip("the tokenizer says not how ids become text")
+    encoded = clvq.encode(lm, [CASES[case]], setup())
+    read, written = read_and_written(lm, encoded.ids, CASES[case])
+    if case == "longer than the model":
+        head, _, tail = written.rpartition("good end" if lm.sees_blanks else "goodend")
+        assert len(encoded.ids) == 60 and written.startswith(read.removesuffix(tail)) and read.endswith(tail) and head
+    elif lm.tokenizer.unk_token_id not in encoded.ids:
+        assert read == written
+    else:
+        assert lm.tokenizer.unk_token_id not in clvq.encode(lm, ["a good film"], setup()).ids
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_word_has_the_sub_words_that_it_has_alone_and_the_summary_is_what_the_head_reads(family, lm, case):
-    words, encoded = clvq.split_words(CASES[case]), clvq.encode(lm, [CASES[case]], setup())
+def test_every_sub_word_of_a_text_has_its_word_and_the_summary_is_what_the_head_reads(family, lm, case):
+    text, decoder = CASES[case], family[0] in DECODERS
+    encoded = clvq.encode(lm, [text], setup())
     tokens, ids = clvq.align_words(lm, encoded), encoded.ids.tolist()
-    decoder = family[0] in DECODERS
-    summary, rows = tokens[tokens["is_summary"]], tokens[~tokens["is_summary"]]
-    assert summary[["first", "last", "position"]].values.tolist() == [[len(ids) - 1, len(ids) - 1, 0] if decoder else [0, 0, 0]]
-    alone = [lm.tokenizer([word], is_split_into_words=True, add_special_tokens=False).input_ids for word in words]
-    room = 60 - (len(lm.prompt.before) + len(lm.prompt.after) if lm.prompt else 2)
-    fits = [i for i, end in enumerate(np.cumsum([len(sub) for sub in alone])) if alone[i] and end - len(alone[i]) < room]
-    assert rows["word"].tolist() == [words[i] for i in fits] and (rows["position"] - 1).tolist() == fits
-    found = [ids[row.first : row.last + 1] for row in rows.itertuples()]
-    assert found[:-1] == [alone[i] for i in fits[:-1]]
-    assert not fits or found[-1] == alone[fits[-1]][: len(found[-1])]  # the last may be cut
-    assert sum(map(len, found)) == min(room, sum(map(len, alone)))
-    assert tokens.attrs["lost"] == len(words) - len(fits) and len(ids) <= 60
-    if decoder:
-        before, after = lm.prompt[:2]
-        assert ids[: len(before)] == before and ids[len(ids) - len(after) :] == after
+    words, (summary, rows) = encoded.words[0], (tokens[tokens["is_summary"]], tokens[~tokens["is_summary"]])
+    place = len(ids) - 1 if decoder else 0
+    assert summary[["first", "last", "position"]].values.tolist() == [[place, place, 0]]
+    assert rows["word"].tolist() == [words[i] for i in rows["position"] - 1] and rows["position"].is_monotonic_increasing
+    assert tokens.attrs["lost"] == len(words) - len(rows) and len(ids) <= 60
+    inside = (encoded.word >= 0).nonzero()[:, 0].tolist()
+    assert inside == [i for row in rows.itertuples() for i in range(row.first, row.last + 1)]  # each belongs to one word
+    assert not inside or inside == list(range(inside[0], inside[-1] + 1))  # nothing in between belongs to none
+
+
+@pytest.mark.parametrize("text", ["The kettle works well , again", "It's a so-so film : dull", CASES["spaces around"]])
+def test_words_that_stand_apart_have_the_sub_words_that_decode_to_them(lm, text):
+    encoded = clvq.encode(lm, [text], setup())
+    tokens = clvq.align_words(lm, encoded)
+    assert tokens.attrs["lost"] == 0 and tokens.loc[~tokens["is_summary"], "word"].tolist() == clvq.split_words(text)
+    if lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in encoded.ids:
+        return  # nothing says how ids become text, or some of it is unknown
+    for row in tokens[~tokens["is_summary"]].itertuples():
+        part = lm.tokenizer.decode(encoded.ids[row.first : row.last + 1], clean_up_tokenization_spaces=False)
+        assert "".join(part.split()) == (row.word if lm.sees_blanks else row.word.lower())
+
+
+def test_special_tokens_that_are_written_in_a_text_are_read_as_text(lm):
+    special = set(lm.tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", "<s>", "</s>"])) - {lm.tokenizer.unk_token_id}
+    plain, spoilt = (clvq.encode(lm, [text], setup()).ids.tolist() for text in ("good bad", CASES["a special token"]))
+    assert len(spoilt) > len(plain)
+    assert [token for token in spoilt if token in special] == [token for token in plain if token in special]
 
 
 def test_a_batchs_answers_are_those_of_its_texts_one_by_one(lm):
@@ -151,29 +209,30 @@ def test_answers_are_those_of_the_model_itself(family, lm):
     kind = transformers.AutoModelForCausalLM if name in DECODERS else transformers.AutoModelForSequenceClassification
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     for text in TEXTS[:2]:
-        words = clvq.split_words(text)
         with torch.no_grad():
             if name in DECODERS:
-                ids = [*lm.prompt[0], *lm.tokenizer(words, is_split_into_words=True, add_special_tokens=False).input_ids, *lm.prompt[1]]
+                prompt = f"Review: {text}\nAnswer:"
+                ids = lm.tokenizer(prompt).input_ids
                 assert ids[0] == 2 and ids.count(2) == 1
-                scores = model(torch.tensor([ids])).logits[0, -1]
-                expected = scores[[lm.tokenizer([a], is_split_into_words=True, add_special_tokens=False).input_ids[0] for a in ANSWERS]]
+                answers = [lm.tokenizer(f"{prompt} {answer}").input_ids for answer in ANSWERS]
+                assert all(answer[: len(ids)] == ids for answer in answers)
+                expected = model(torch.tensor([ids])).logits[0, -1][[answer[len(ids)] for answer in answers]]
             else:
-                expected = model(**lm.tokenizer([words], is_split_into_words=True, return_tensors="pt")).logits[0]
+                expected = model(**lm.tokenizer([text], return_tensors="pt")).logits[0]
         torch.testing.assert_close(clvq.predict(lm, clvq.encode(lm, [text], setup()), setup())[0], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("layer", range(4))
-def test_states_put_in_at_their_layer_give_the_models_own_answers(lm, layer):
+def test_a_model_passes_its_trial_and_is_whole_after_it(lm):
     encoded = clvq.encode(lm, TEXTS, setup())
     ids, mask = clvq.pad_ids(lm, encoded, torch.arange(len(TEXTS)))
     with torch.no_grad():
-        expected = lm.model(input_ids=ids, attention_mask=mask.long()).logits
-        state = clvq.layer_states(lm, [layer], ids, mask)[layer]
-        with clvq.blocks_above(lm, layer) as answer:
-            found = answer(state, mask)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(lm.model(input_ids=ids, attention_mask=mask.long()).logits, expected)
+        expected = lm.logits(ids, mask)
+        clvq.check_model(lm, range(4))
+        for layer in range(4):
+            state = clvq.layer_states(lm, [layer], ids, mask)[layer]
+            with clvq.blocks_above(lm, layer) as logits_of:
+                torch.testing.assert_close(logits_of(state, mask), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(lm.logits(ids, mask), expected)
 
 
 def test_the_last_block_feeds_the_summary_alone_forward_where_the_head_reads_no_more(family, lm):
@@ -210,11 +269,25 @@ def test_states_are_those_the_model_reports(family, lm, tmp_path):
 
 def test_every_word_has_salience_and_the_summary_too_unless_it_belongs_to_a_prompt(lm):
     tokens, logits = clvq.attribute(lm, TEXTS, 1, setup())
-    assert (tokens["salience"].isna() == (tokens["is_summary"] & (lm.prompt is not None))).all()
+    assert (tokens["salience"].isna() == (tokens["is_summary"] & bool(lm.prompt))).all()
     assert np.isfinite(tokens.loc[~tokens["is_summary"], "salience"]).all() and tokens["salience"].abs().max() > 0
     torch.testing.assert_close(logits, clvq.predict(lm, clvq.encode(lm, TEXTS, setup()), setup()), atol=1e-4, rtol=1e-4)
 
 
+def test_integrated_gradients_add_up_to_what_the_model_gains_over_the_baseline(lm):
+    ids, mask = clvq.pad_ids(lm, clvq.encode(lm, TEXTS, setup()), torch.arange(len(TEXTS)))
+    with torch.no_grad():
+        state = clvq.layer_states(lm, [2], ids, mask)[2]
+    baseline = state + 0.05 * torch.randn_like(state) * mask[..., None]
+    with clvq.blocks_above(lm, 2) as logits_of:
+        moved, logits = clvq.integrated_gradients(logits_of, state, baseline, mask, clvq.configure("smoke", salience_steps=24))
+        with torch.no_grad():
+            gain = logits - logits_of(baseline, mask)
+    target = logits.argmax(-1, keepdim=True)
+    torch.testing.assert_close(moved.sum(1), gain.gather(1, target)[:, 0], atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Llama", "GPT2"], indirect=True)
 def test_a_whole_run_from_a_folder_to_the_models_own_answers(family, tmp_path, monkeypatch):
     monkeypatch.setenv("CLVQ_CACHE", str(tmp_path))
     name, folder = family
@@ -238,8 +311,113 @@ def test_a_whole_run_from_a_folder_to_the_models_own_answers(family, tmp_path, m
     )
     pipeline = clvq.Pipeline(config, tmp_path).check()
     assert name not in DECODERS or not pipeline.salient["is_summary"].any()
-    assert len(pipeline.alone) > 0 and len(pipeline.in_model(["CLVQ-VAE"])) == 40 * 4 and len(pipeline.report)
+    assert len(pipeline.clvq_faithfulness) > 0 and len(pipeline.in_model(["CLVQ-VAE"])) == 40 * 4 and len(pipeline.report)
     assert pipeline.explain("a dull film").words["word"].tolist() == ["a", "dull", "film"]
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Llama", "GPT2"], indirect=True)
+def test_a_gpu_gives_what_the_cpu_gives_and_hands_it_over_on_the_cpu(family, lm, tmp_path):
+    assert lm.device.type == "cuda"
+    cpu, found = dataclasses.replace(lm, model=copy.deepcopy(lm.model).cpu()), []
+    for each in (lm, cpu):
+        clvq.check_model(each, (1, 3))
+        results = [clvq.predict(each, clvq.encode(each, TEXTS, setup(precision="float32")), setup(precision="float32"))]
+        for baseline in ("zero", "pad", "mean"):
+            tokens, logits = clvq.attribute(each, TEXTS, 1, setup(salience_baseline=baseline, precision="float32"))
+            results += [logits, torch.from_numpy(tokens["salience"].fillna(0).to_numpy())]
+        for aggregation in ("last", "mean"):
+            (folder := tmp_path / f"{each.device.type}-{aggregation}").mkdir()
+            config = setup(aggregation=aggregation, precision="float32")
+            results.append(clvq.extract(each, TEXTS, [0, 3], config, folder, filtered=False).states[3].float())
+        assert all(result.device.type == "cpu" for result in results)
+        found.append(results)
+    for on_gpu, on_cpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, atol=2e-2, rtol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fine_tuning_on_a_gpu_lowers_the_loss(tmp_path):
+    lm = clvq.load_language_model(save_encoder(tmp_path, "Bert", "wordpiece"), ["bad", "good"])
+    texts, labels = ["good film", "bad film", "fine , really", "dull"] * 10, torch.tensor([1, 0, 1, 0] * 10)
+    history = clvq.finetune(lm, texts, labels, setup(finetune_epochs=8, finetune_batch=8, finetune_learning_rate=1e-3))
+    assert lm.device.type == "cuda" and history["loss"].iloc[-5:].mean() < history["loss"].iloc[:5].mean()
+
+
+# --- models that do not pass ------------------------------------------------------------------------------------------
+
+
+def save_encoder(folder: Path, family: str, tokenizer: str, **sizes: object) -> str:
+    """A tiny classifier with random weights in a folder; the folder's name."""
+    trained = trained_tokenizer(tokenizer)
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **sizes}, vocab_size=len(trained) + 8, pad_token_id=1)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
+    model.save_pretrained(folder)
+    trained.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_model_whose_blocks_are_no_plain_chain_is_refused(refused, tmp_path, layer):
+    convolution = dict(conv_kernel_size=3, conv_act="gelu", relative_attention=True, pos_att_type=["p2c", "c2p"])
+    lm = clvq.load_language_model(save_encoder(tmp_path, "DebertaV2", "unigram", position_biased_input=False, **convolution))
+    with refused(str(tmp_path), f"layer {layer}"):
+        clvq.check_model(lm, [layer])
+
+
+@pytest.mark.parametrize("family, part", [("Albert", "blocks"), ("FNet", "FNet")])
+def test_a_model_that_cannot_run_in_parts_is_refused(refused, tmp_path, family, part):
+    lm = clvq.load_language_model(save_encoder(tmp_path / "FNet", family, "unigram"))
+    with refused(part):
+        clvq.check_model(lm, [1])
+
+
+def test_a_model_that_fails_when_it_runs_is_refused_with_its_name(refused, tmp_path, monkeypatch):
+    lm = clvq.load_language_model(save_encoder(tmp_path, "Bert", "wordpiece"))
+    for error in (ValueError("You must\nspecify. More"), IndexError("out of range")):
+        monkeypatch.setattr(lm.model, "forward", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with refused(str(tmp_path), type(error).__name__):
+            clvq.check_model(lm, [1])
+
+
+def test_a_model_without_finite_logits_is_refused(refused, tmp_path):
+    lm = clvq.load_language_model(save_encoder(tmp_path, "Bert", "wordpiece"))
+    lm.model.classifier.bias.data[0] = torch.inf
+    with refused("not finite"):
+        clvq.check_model(lm, [1])
+
+
+def test_a_tokenizer_that_glues_words_is_refused(refused, tmp_path):
+    lm = clvq.load_language_model(save_encoder(tmp_path, "Roberta", "byte-level", max_position_embeddings=84))
+    clvq.check_model(lm, [1])
+    lm.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "")
+    with refused("its tokenizer reads"):
+        clvq.check_model(lm, [1])
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("known", [True, False])
+def test_code_in_a_models_folder_never_runs_even_if_yes_stands_on_standard_input(refused, monkeypatch, tmp_path, file, known):
+    folder, trace = save_encoder(tmp_path / "model", "Bert", "wordpiece"), tmp_path / "ran"
+    settings = json.loads(Path(folder, file).read_text())
+    settings["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoTokenizer": [None, "own.OwnTokenizer"],
+                            "AutoModelForSequenceClassification": "own.OwnBert"}  # fmt: skip
+    if not known:
+        settings |= {"model_type": "own_bert", "architectures": ["OwnBert"], "tokenizer_class": "OwnTokenizer"}
+    Path(folder, file).write_text(json.dumps(settings))
+    Path(folder, "own.py").write_text(f"open({str(trace)!r}, 'w').close()")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    with refused("auto_map", folder):
+        clvq.load_language_model(folder)
+    assert not trace.exists()
 
 
 # --- what a prompt can have wrong ---------------------------------------------------------------------------------
@@ -251,6 +429,8 @@ def test_a_whole_run_from_a_folder_to_the_models_own_answers(family, tmp_path, m
     [
         (("Review: {text} Answer:", ["positive", "positive thing"]), "same token"),
         (("Review: Answer:", ["dull", "fine"]), "{text}"),
+        (("Is it good? {text}", ["dull", "fine"]), "after {text}"),
+        (("Is it good? {text} \n", ["dull", "fine"]), "after {text}"),
         (None, "continues text"),
     ],
 )
@@ -282,15 +462,45 @@ def test_what_is_kept_of_one_prompt_is_not_taken_for_another(family, tmp_path):
     "settings, part",
     [
         (dict(finetune=True), "finetune"),
-        (dict(finetune=False, answers="bad"), "1 answers for 2 classes"),
+        (dict(finetune=False, answers="bad"), "answers must be one for each of negative, positive"),
         (dict(finetune=False, answers="dull, dull film"), "same token"),
         (dict(finetune=False, prompt="Is it good?"), "{text}"),
+        (dict(finetune=False, prompt="Is it good? {text}"), "after {text}"),
         (dict(finetune=False, source_layer=4), "source_layer 4"),
     ],
 )
 def test_what_cannot_be_asked_is_found_before_anything_runs(family, refused, tmp_path, settings, part):
     with refused(part):
         clvq.Pipeline(clvq.configure("smoke", model=str(family[1]), decoder_heads=4, **settings), tmp_path).check()
+
+
+@pytest.mark.parametrize("name", [*DECODERS])
+@pytest.mark.parametrize(
+    "prompt, blank",
+    [
+        ("Review: {text}\nAnswer:", " "), ("{text} Answer: ", " "), ("Review : {text}\nAnswer:\n", ""), ("Review: “{text}” Answer: “", ""),
+    ],
+)  # fmt: skip
+def test_a_prompts_joints_are_those_of_the_whole_text(name, prompt, blank):
+    tokenizer = trained_tokenizer(DECODERS[name][0], decoder=True)
+    template, answers = clvq.tokenize_prompt(tokenizer, prompt, ["fine", "dull"], name)
+    lm = clvq.LanguageModel(transformers.BertModel(transformers.BertConfig(**SMALL)), tokenizer, name, template, answers)
+    encoded = clvq.encode(lm, ["good 🙂 .", "isn't it ?!"], setup())
+    for text, ids in zip(["good 🙂 .", "isn't it ?!"], encoded.ids.split(encoded.offsets.diff().tolist()), strict=True):
+        assert ids.tolist() == tokenizer(prompt.rstrip(" ").replace("{text}", text)).input_ids
+        read, written = read_and_written(lm, ids, text)
+        assert read == written
+        for answer, token in zip(["fine", "dull"], answers, strict=True):
+            whole = tokenizer(prompt.rstrip(" ").replace("{text}", text) + blank + answer).input_ids
+            assert whole[: len(ids)] == ids.tolist() and whole[len(ids)] == token
+
+
+@pytest.mark.parametrize("family", ["Llama"], indirect=True)
+def test_a_prompt_that_leaves_no_room_for_text_is_refused(family, refused):
+    asked = ("Review: {text}\n" + "a very long question " * 30 + "Answer:", ANSWERS)
+    lm = clvq.load_language_model(str(family[1]), asked=asked)
+    with refused("no room for text"):
+        clvq.encode(lm, ["a dull film"], setup())
 
 
 def test_a_gated_model_without_a_token_is_said_in_one_sentence(refused, monkeypatch):
@@ -328,11 +538,20 @@ def test_smollm2_answers_as_its_weights_do_from_states_too(smollm2):
     encoded = clvq.encode(smollm2, TEXTS, setup())
     ids, mask = clvq.pad_ids(smollm2, encoded, torch.arange(len(TEXTS)))
     with torch.no_grad():
-        whole = smollm2.model.causal(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
-        own = whole.logits[torch.arange(len(ids)), mask.sum(1) - 1][:, smollm2.prompt.answers]
+        whole = smollm2.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+        own = whole.logits[torch.arange(len(ids)), mask.sum(1) - 1][:, smollm2.answers]
         torch.testing.assert_close(clvq.predict(smollm2, encoded, setup()), own, atol=1e-3, rtol=1e-3)
         for layer in (0, 20, 30):
             states = clvq.layer_states(smollm2, [layer], ids, mask)[layer]
             torch.testing.assert_close(states[mask], whole.hidden_states[layer][mask], atol=1e-3, rtol=1e-3)
             with clvq.blocks_above(smollm2, layer) as answer:
                 torch.testing.assert_close(answer(states, mask), own, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("text", ["the kettle works well , again .", *CASES.values()])
+def test_what_smollm2_reads_is_the_text_in_its_prompt(smollm2, text):
+    encoded = clvq.encode(smollm2, [text], clvq.configure("smoke", max_tokens=500))
+    if text != CASES["a special token"]:
+        assert smollm2.tokenizer.decode(encoded.ids) == f"Review: {text.strip()}\nSentiment:"
+    clvq.check_model(smollm2, (20, 30))
+    assert [smollm2.tokenizer.decode([token]) for token in smollm2.answers] == [" negative", " positive"]

@@ -84,6 +84,17 @@ def test_a_local_folder_is_the_model_that_was_saved_there_with_its_own_head(mini
         assert torch.equal(found, own)
 
 
+def test_all_files_that_can_change_a_models_results_are_listed_and_no_others(minilm, tmp_path):
+    minilm.model.save_pretrained(tmp_path)
+    minilm.tokenizer.save_pretrained(tmp_path)
+    own = sorted(path.name for path in tmp_path.iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(own)
+    for other in ("README.md", "history.parquet", "environment.json", "pytorch_model.bin", "modeling_own.py"):
+        (tmp_path / other).write_text("{}")
+    (tmp_path / "1_Pooling").mkdir()
+    assert [path.name for path in clvq.model_files(tmp_path)] == own
+
+
 def test_layers_that_do_not_exist_or_run_downwards_are_refused(refused):
     with refused("source_layer 9", "'minilm'", "0 to 6"):
         clvq.resolve_layers(setup(source_layer=9), 6, "minilm")
@@ -177,7 +188,7 @@ def test_states_put_in_at_their_layer_give_the_models_own_logits(minilm, layer):
     torch.testing.assert_close(upper, whole.logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("part, where", [(clvq.only_blocks, (2, 4)), (clvq.blocks_above, (4,)), (clvq.blocks_above, (6,))])
+@pytest.mark.parametrize("part, where", [(clvq.limit_blocks, (2, 4)), (clvq.blocks_above, (4,)), (clvq.blocks_above, (6,))])
 def test_the_model_is_whole_again_after_an_error_inside(minilm, part, where):
     encoded = clvq.encode(minilm, PLAIN, setup())
     before, modules = clvq.predict(minilm, encoded, setup()), dict(minilm.model.named_modules())
@@ -400,7 +411,7 @@ def test_moments_are_those_of_all_rows_whatever_the_blocks_and_do_not_cancel(n):
 def test_a_stream_of_batches_gives_each_its_own_rows_over_many_pools(tiny_acts):
     draw = torch.Generator().manual_seed(0)
     batches = list(torch.randperm(len(tiny_acts.lengths), generator=draw).split(1))
-    assert len(batches) > 2 * clvq.POOL
+    assert len(batches) > 2 * clvq.BATCHES_PER_READ
     streamed = tiny_acts.stream(batches, [1, 0], torch.device("cpu"))
     for batch, (states, lengths) in zip(batches, streamed, strict=True):
         assert torch.equal(lengths, tiny_acts.lengths[batch])
@@ -428,7 +439,7 @@ def test_batches_have_every_sentence_once_and_neighbours_are_read_together(toget
     first, other = (clvq.shuffled_batches(1000, 4, torch.Generator().manual_seed(seed), together) for seed in (0, 1))
     assert torch.equal(torch.cat(first).sort().values, torch.arange(1000)) and all(len(batch) == 4 for batch in first)
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    size = 4 * clvq.POOL
+    size = 4 * clvq.BATCHES_PER_READ
     pool = torch.cat(first)[:size]
     assert (pool.diff() < 0).sum() > size // 4  # shuffled within, whatever lies together
     stretches = 1 + int((pool.sort().values.diff() > 1).sum())  # as the pool is read

@@ -1,6 +1,7 @@
 """Encoder, decoder and the whole CLVQ-VAE: equation 1, masks, what passes around the codes, saving and loading."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import clvq_core as clvq
 
@@ -122,17 +124,16 @@ def test_a_position_sees_the_memory_of_all_positions(tiny_acts):
 def test_sentences_share_lines_and_see_nothing_of_each_other(mask, longest, n):
     draw = torch.Generator().manual_seed(n)
     lengths = torch.randint(1, longest + 1, (n,), generator=draw)
-    layout, total = clvq.Layout.of(lengths, mask, torch.device("cpu")), int(lengths.sum())
+    layout, total = clvq.Layout(lengths, mask, torch.device("cpu")), int(lengths.sum())
     assert math.prod(layout.shape) < 1.2 * total + 4 * 64  # little is empty
-    x = torch.randn(total, 3, generator=draw)
-    assert torch.equal(layout.pack(layout.pad(x)), x) and int((layout.pad(x) != 0).sum()) == x.numel()  # no two in one place
+    assert len(layout.places.unique()) == total  # no two in one place
     line, place = layout.places // layout.shape[1], layout.places % layout.shape[1]
     sentence, position = torch.arange(n).repeat_interleave(lengths), torch.cat([torch.arange(size) for size in lengths])
     same = sentence[:, None] == sentence
-    assert torch.equal(layout.own[line[:, None], 0, place[:, None], place] & (line[:, None] == line), same)
+    assert torch.equal(layout.same_sentence[line[:, None], 0, place[:, None], place] & (line[:, None] == line), same)
     order = {"causal": position[:, None] >= position, "none": True, "anticausal": position[:, None] <= position}[mask]
-    assert torch.equal(layout.seen[line[:, None], 0, place[:, None], place] & (line[:, None] == line), same & order)
-    assert layout.seen.any(-1).all()  # an empty place too sees something, so that no softmax is undefined
+    assert torch.equal(layout.visible[line[:, None], 0, place[:, None], place] & (line[:, None] == line), same & order)
+    assert layout.visible.any(-1).all()  # an empty place too sees something, so that no softmax is undefined
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -176,13 +177,13 @@ def test_products_have_few_sizes_whatever_the_number_of_states(tiny_acts):
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_drops_each_number_with_its_chance_alone_and_keeps_the_mean(p, dtype):
-    x = torch.ones(301, 1001, dtype=dtype, requires_grad=True)
+    x, dropout = torch.ones(301, 1001, dtype=dtype, requires_grad=True), clvq.Decoder(4, 4, model_settings(dropout=p)).dropout
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        out = clvq.dropout(x, p)
+        out = dropout(x)
         torch.manual_seed(1)
-        assert torch.equal(out, clvq.dropout(x, p))  # the seed decides
-        assert not torch.equal(out, clvq.dropout(x, p))
+        assert torch.equal(out, dropout(x))  # the seed decides
+        assert not torch.equal(out, dropout(x))
     out.sum().backward()
     assert torch.equal(out, x.grad) and len(out.unique()) == 2
     assert out.max().item() == pytest.approx(1 / (1 - p), rel=4e-3 if dtype == torch.bfloat16 else 1e-6)
@@ -299,6 +300,56 @@ def test_a_saved_model_is_safetensors_and_json_and_no_pickle(tiny_acts, tmp_path
     assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "model.safetensors", "README.md"}
     assert (tmp_path / "config.json").exists() and (tmp_path / "model.safetensors").exists()
     assert not any(path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["quantizer.codebook", "encoder.theta", "encoding_mean", "decoder.layers.1.norm1.bias"])
+def test_a_file_that_lacks_a_tensor_has_one_too_many_or_one_of_another_shape_is_refused(refused, tiny_acts, tmp_path, name):
+    build(tiny_acts).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for fault, changed in {
+        "lacks": {key: value for key, value in tensors.items() if key != name},
+        "unexpected": {**tensors, f"{name}2": tensors[name].clone()},
+        "wrong shape": {**tensors, name: torch.zeros(3, 5)},
+    }.items():
+        save_file(changed, path)
+        with refused("model.safetensors", fault, name):
+            clvq.CLVQVAE.from_pretrained(tmp_path)
+        with refused("model.safetensors", fault, name):
+            clvq.CLVQVAE.from_pretrained(tmp_path, strict=False)
+    save_file(tensors, path)
+    clvq.CLVQVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["settings", "width", "source_layer"])
+def test_a_configuration_that_lacks_something_is_refused(refused, tiny_acts, tmp_path, name):
+    build(tiny_acts).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+    with refused("config.json", name):
+        clvq.CLVQVAE.from_pretrained(tmp_path)
+
+
+def test_a_pickle_is_never_read(refused, tiny_acts, tmp_path):
+    model = build(tiny_acts)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with refused("pytorch_model.bin", "safetensors"):
+        clvq.CLVQVAE._load_as_pickle(model, str(tmp_path / "pytorch_model.bin"), "cpu", True)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("memory", ["encoder", "quantized", "shuffled", "constant", "none"])
+def test_a_model_on_a_gpu_gives_what_it_gives_on_the_cpu_and_hands_out_tensors_of_the_cpu(tiny_acts, batch, memory):
+    x, lengths = batch
+    model = build(tiny_acts, memory=memory)
+    states, expected, codes = tiny_acts.states[0], model(x, lengths).reconstruction, model.assign(tiny_acts.states[0])
+    model.cuda()
+    torch.testing.assert_close(model(x.cuda(), lengths).reconstruction.cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert (model.assign(states) == codes).float().mean() > 0.99
+    drawn = [model.assign(states, generator=torch.Generator(device)) for device in ("cpu", "cuda")]
+    assert {tensor.device.type for tensor in (model.vectors, model.centre, *drawn)} == {"cpu"}
+    clvq.sampling(model, states)
 
 
 def with_source(acts: clvq.Activations, layers: list[int], **changed) -> clvq.Activations:

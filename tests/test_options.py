@@ -221,7 +221,7 @@ def test_assignment_forward_pass_and_evaluation_take_the_same_codes(tiny_acts, t
 def test_training_with_another_distance_finds_the_known_concepts(synthetic, tiny_config, distance):
     acts = synthetic()
     temperature = 0.05 if distance == "cosine" else 1.0
-    model, history = clvq.train(acts, replace(tiny_config, distance=distance, temperature=temperature, epochs=5), LAYERS)
+    model, history = clvq.train(acts, tiny_config.replace(distance=distance, temperature=temperature, epochs=5), LAYERS)
     table = pd.crosstab(acts.tokens["concept"], model.assign(acts.states[0]).numpy())
     assert table.max(1).sum() / table.to_numpy().sum() > 0.95
     assert history["validation_loss"].iloc[-1] < 0.7 * history["validation_loss"].iloc[0]
@@ -251,6 +251,15 @@ def test_a_dead_code_jumps_to_a_state_of_the_batch_and_live_codes_do_not_notice(
     assert (gap < 1e-3).all()
     assert (after.counts >= 0.5).all() and (before.counts[~live] < 0.5).all()
     assert torch.cdist(before.codebook[~live], z).min() > 1
+
+
+@pytest.mark.parametrize("least", [1e-4, 0.005, 0.5])
+def test_a_dead_code_jumps_however_low_the_threshold(least):
+    counts = torch.full((12,), 10.0)
+    counts[7] = 0
+    z = 5 + torch.randn(64, 8, generator=seed(2))
+    q = updated(counts, z, torch.zeros(64, dtype=torch.long), replace_dead=least)
+    assert torch.cdist(q.codebook[7:8], z).min() < 0.15 * z.norm(dim=1).mean()  # but for the smoothing of a low count
 
 
 def test_a_code_that_the_batch_brings_over_the_threshold_stays():
@@ -287,10 +296,10 @@ def epochs_from_afar(acts: clvq.Activations, config: clvq.Config, epochs: int) -
 
 def test_training_from_a_bad_start_uses_more_codes_when_dead_ones_jump(synthetic, tiny_config):
     acts = synthetic()
-    config = replace(tiny_config, top_k=1, ema_decay=0.8)
+    config = tiny_config.replace(top_k=1, ema_decay=0.8)
     used = {}
     for least in (0.0, 0.5):
-        model, drawn = epochs_from_afar(acts, replace(config, replace_dead=least), 4)
+        model, drawn = epochs_from_afar(acts, config.replace(replace_dead=least), 4)
         used[least] = len(model.assign(acts.states[0]).unique()), drawn[-1]
     assert used[0.0] == (1, 1)
     assert min(used[0.5]) >= 9
@@ -302,18 +311,18 @@ def test_training_from_a_bad_start_uses_more_codes_when_dead_ones_jump(synthetic
 @pytest.mark.parametrize("share", [0.1, 0.3, 1.0])
 def test_training_has_its_share_of_the_sentences_that_are_not_held_out(synthetic, tiny_config, share):
     acts = synthetic()
-    kept, held = clvq.split_sentences(acts, replace(tiny_config, train_share=share, validation_share=0.25))
+    kept, held = clvq.split_sentences(len(acts.lengths), tiny_config.replace(train_share=share, validation_share=0.25))
     assert len(held) == 60 and len(kept) == round(share * 180)
     both = torch.cat([kept, held])
     assert len(both) == len(both.unique())
     assert held.diff().gt(0).all() and kept.diff().gt(0).all()
-    other = torch.cat(clvq.split_sentences(acts, replace(tiny_config, train_share=share, validation_share=0.25, seed=1)))
+    other = torch.cat(clvq.split_sentences(len(acts.lengths), tiny_config.replace(train_share=share, validation_share=0.25, seed=1)))
     assert torch.equal(both.sort().values, other.sort().values) == (share == 1)
 
 
 def test_a_smaller_share_is_part_of_a_larger_one_and_the_same_sentences_are_held_out(synthetic, tiny_config):
     acts = synthetic()
-    parts = [clvq.split_sentences(acts, replace(tiny_config, train_share=share)) for share in (0.1, 0.5, 1.0)]
+    parts = [clvq.split_sentences(len(acts.lengths), tiny_config.replace(train_share=share)) for share in (0.1, 0.5, 1.0)]
     small, half, whole = (set(kept.tolist()) for kept, _ in parts)
     assert small < half < whole
     order = torch.randperm(240, generator=seed(tiny_config.seed))
@@ -322,8 +331,8 @@ def test_a_smaller_share_is_part_of_a_larger_one_and_the_same_sentences_are_held
 
 def test_training_sees_nothing_of_the_sentences_outside_its_share(synthetic, tiny_config):
     acts = synthetic(sentences=120)
-    config = replace(tiny_config, train_share=0.4, epochs=2)
-    inside = acts.rows(torch.cat(clvq.split_sentences(acts, config)))
+    config = tiny_config.replace(train_share=0.4, epochs=2)
+    inside = acts.rows(torch.cat(clvq.split_sentences(len(acts.lengths), config)))
     outside = torch.ones(len(acts.tokens), dtype=torch.bool)
     outside[inside] = False
     assert 0.35 < outside.float().mean() < 0.6
@@ -331,12 +340,12 @@ def test_training_sees_nothing_of_the_sentences_outside_its_share(synthetic, tin
     (one, history), (other, again) = (clvq.train(replace(acts, states=states), config, LAYERS) for states in (acts.states, changed))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
     assert history.drop(columns="seconds").equals(again.drop(columns="seconds"))
-    whole, _ = clvq.train(acts, replace(config, train_share=1.0), LAYERS)
+    whole, _ = clvq.train(acts, config.replace(train_share=1.0), LAYERS)
     assert not torch.equal(whole.vectors, one.vectors)
 
 
 def test_an_epoch_tells_how_many_codes_it_drew(tiny_acts, tiny_config):
-    _, history = clvq.train(tiny_acts, replace(tiny_config, top_k=12, temperature=1e6, epochs=1), LAYERS)
+    _, history = clvq.train(tiny_acts, tiny_config.replace(top_k=12, temperature=1e6, epochs=1), LAYERS)
     assert history.loc[history["epoch"] == 1, "train_codes_used"].tolist() == [12]
 
 
@@ -413,9 +422,9 @@ def test_a_linear_map_explains_a_rotation_and_nothing_of_shuffled_targets(synthe
 @pytest.mark.parametrize("share", [0.05, 1.0])
 def test_code_means_explain_what_a_table_of_means_does(synthetic, tiny_config, share):
     acts = synthetic()
-    config = replace(tiny_config, train_share=share)
+    config = tiny_config.replace(train_share=share)
     model = build(acts, n_codes=40)
-    kept, held = (acts.rows(part) for part in clvq.split_sentences(acts, config))
+    kept, held = (acts.rows(part) for part in clvq.split_sentences(len(acts.lengths), config))
     y = pd.DataFrame(acts.states[1].double().numpy())
     codes = pd.Series(model.assign(acts.states[0]).numpy())
     means = y.loc[kept.tolist()].groupby(codes[kept.tolist()]).mean()

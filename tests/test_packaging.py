@@ -1,10 +1,12 @@
 """The packaging files say one thing: what is pinned, what is required, which version this is."""
 
+import ast
 import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))
+PROJECT = PYPROJECT["project"]
+MODULES = PYPROJECT["tool"]["setuptools"]["py-modules"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 
@@ -25,7 +29,9 @@ def lock_lines(path: Path = ROOT / "requirements.lock") -> list[str]:
 
 
 def pins(*path: Path) -> dict[str, Version]:
-    return {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lock_lines(*path))}
+    return {
+        canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lock_lines(*path))
+    }
 
 
 def tracked_files() -> list[Path]:
@@ -75,7 +81,12 @@ def test_the_extra_all_takes_every_other_extra():
 def test_lock_is_closed_under_the_requirements_of_what_it_pins():
     pinned = pins()
     installed = {canonicalize_name(d.metadata["Name"]): d for d in importlib.metadata.distributions()}
-    wanted = [Requirement(line) for name, lines in {"core": PROJECT["dependencies"], **EXTRAS}.items() for line in lines if name != "bench"]
+    wanted = [
+        Requirement(line)
+        for name, lines in {"core": PROJECT["dependencies"], **EXTRAS}.items()
+        for line in lines
+        if name != "bench"
+    ]
     seen: set[tuple[str, str]] = set()
     missing = set()
     while wanted:
@@ -144,3 +155,44 @@ def test_make_alone_lists_the_targets():
     listed = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     for target in ("paper", "book", "smoke", "test", "lint", "lock", "clean", "distclean"):
         assert re.search(rf"^  make {target} +\S", listed, re.M), target
+
+
+def test_the_wheel_has_the_two_modules_and_the_command():
+    assert MODULES == ["clvq_core", "clvq_app"]
+    assert PROJECT["scripts"] == {"clvq": "clvq_app:main"}
+
+
+BROUGHT = {
+    "tornado": "voila", "traitlets": "voila", "jupyter_server": "voila", "nbformat": "papermill",
+    "IPython": "ipykernel", "jupyter_client": "nbclient", "myst_nb": "jupyter-book", "dask": "distributed", "PIL": "matplotlib",
+}  # fmt: skip
+"""Imported packages that come with another one, which cannot do without them."""
+
+
+def test_every_package_that_the_modules_import_is_required():
+    required = {
+        canonicalize_name(Requirement(line).name)
+        for lines in [PROJECT["dependencies"], *EXTRAS.values()]
+        for line in lines
+    }
+    distributions, missing = importlib.metadata.packages_distributions(), set()
+    for module in MODULES:
+        for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text("utf8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {*MODULES}:
+                sources = [BROUGHT[name]] if name in BROUGHT else distributions.get(name, [name])
+                if not {canonicalize_name(source) for source in sources} & required:
+                    missing.add(name)
+    assert not missing
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_line_of_the_modules_is_over_120_characters(module):
+    lines = (ROOT / f"{module}.py").read_text("utf8").splitlines()
+    assert not [number for number, line in enumerate(lines, 1) if len(line) > 120]
+
+
+def test_the_core_never_imports_the_app():
+    names = [node.module for node in ast.walk(ast.parse((ROOT / "clvq_core.py").read_text("utf8"))) if isinstance(node, ast.ImportFrom)]
+    assert "clvq_app" not in names and "import clvq_app" not in (ROOT / "clvq_core.py").read_text("utf8")

@@ -6,7 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
+import clvq_app
 import clvq_core as clvq
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -31,7 +33,10 @@ def test_a_word_that_is_everywhere_as_frequent_is_specific_of_nothing():
 
 
 def test_a_rare_word_seen_once_is_not_specific_and_an_exclusive_one_is_more_so_than_a_shared_one():
-    table = {0: {"love": 16, "heart": 16, "desire": 1, "film": 60}, 1: {"love": 2, "desire": 1, "film": 4000, "the": 1000}}
+    table = {
+        0: {"love": 16, "heart": 16, "desire": 1, "film": 60},
+        1: {"love": 2, "desire": 1, "film": 4000, "the": 1000},
+    }
     found = clvq.log_odds(counts(table))[0]
     assert found["heart"] > found["love"] > 1.96 > found["desire"]
 
@@ -43,29 +48,59 @@ def test_the_words_beside_a_cloud_are_its_most_frequent_and_most_specific_ones()
     assert found.loc["love", "times"] == 9 and found.loc["love", "share of the word's occurrences"] == 0.9
 
 
+def test_words_dealt_at_random_are_not_specific_and_planted_ones_are():
+    draw = np.random.default_rng(0)
+    concept, word = draw.integers(0, 50, 20000), draw.zipf(1.5, 20000) % 3000
+    dealt = pd.Series(1, range(20000)).groupby([concept, word]).size()
+    assert (clvq.log_odds(dealt, prior=10) > 1.96).sum() > 500  # what is said of one word is not said of thousands
+    assert (clvq.word_p_values(dealt) < 0.05).sum() == 0 and (clvq.log_odds(dealt) > 1.96).sum() == 0
+    word[concept == 7] = np.where(draw.random((concept == 7).sum()) < 0.1, 5000, word[concept == 7])
+    p = clvq.word_p_values(pd.Series(1, range(20000)).groupby([concept, word]).size())
+    assert p[p < 0.05].index.tolist() == [(7, 5000)] and p.between(0, 1).all()
+
+
+def test_the_p_values_of_words_are_binomial_and_adjusted_over_all_pairs():
+    table = counts({0: {"the": 20, "film": 40}, 1: {"the": 20, "film": 18, "dull": 2}})
+    times = table.groupby(level=1).sum()
+    p = [stats.binomtest(n, times[word], [0.6, 0.4][concept], "greater").pvalue for (concept, word), n in table.items()]
+    expected = stats.false_discovery_control([*p, 1])[:-1]  # "dull" is never in concept 0
+    np.testing.assert_allclose(clvq.word_p_values(table), expected)
+    shown = clvq.word_table(table, clvq.log_odds(table), [1]).set_index("word")
+    assert shown["adjusted p"].to_dict() == clvq.word_p_values(table)[1].to_dict()
+
+
 def test_one_concept_alone_has_finite_log_odds():
     assert np.isfinite(clvq.log_odds(counts({0: {"a": 3, "b": 1}}))).all()
 
 
 @pytest.mark.parametrize(
     "word, form, suffix",
-    [("film", "lower", ""), ("Film", "Title", ""), ("USA", "UPPER", ""), ("1999", "number", ""), ("!?", "punctuation", ""),
-     ("a", "lower", ""), ("A", "Title", ""), ("moving", "lower", "ing"), ("thing", "lower", ""), ("eBay", "other", ""),
-     ("映画", "other", ""), ("watchable", "lower", "able"), ("10th", "number", ""), ("Café", "Title", ""), ("so-so", "lower", "")],
+    [("film", "lower", ""), ("Film", "Title", ""), ("USA", "UPPER", ""), ("1999", "number", ""),
+     ("!?", "punctuation", ""), ("a", "lower", ""), ("A", "Title", ""), ("moving", "lower", "ing"),
+     ("thing", "lower", ""), ("eBay", "other", ""),
+     ("映画", "other", ""), ("watchable", "lower", "able"), ("10th", "number", ""), ("Café", "Title", ""),
+     ("so-so", "lower", "")],
 )  # fmt: skip
 def test_words_have_the_form_and_suffix_that_people_see(word, form, suffix):
-    assert (clvq.word_form(word), clvq.suffix(word)) == (form, suffix)
+    tokens = pd.DataFrame({"sentence": [0], "position": [1], "word": [word], "is_summary": [False]})
+    assert clvq.surface_labels(tokens, ["positive"]).loc[0, ["form", "suffix"]].tolist() == [form, suffix]
 
 
 def test_surface_labels_are_of_words_and_not_of_summaries():
     tokens = pd.DataFrame({
-        "sentence": [0, 0, 0, 0, 1, 1], "position": [0, 1, 2, 3, 0, 1], "word": ["[CLS]", "Great", "moving", "!", "[CLS]", "awful"],
+        "sentence": [0, 0, 0, 0, 1, 1], "position": [0, 1, 2, 3, 0, 1],
+        "word": ["[CLS]", "Great", "moving", "!", "[CLS]", "awful"],
         "is_summary": [True, False, False, False, True, False],
     })  # fmt: skip
     found = clvq.surface_labels(tokens, ["positive", "negative"])
     assert found[tokens["is_summary"]].isna().all(axis=None)
     words = found[~tokens["is_summary"]]
-    assert words["form"].tolist() == ["Title", "lower", "punctuation", "lower"] and words["suffix"].tolist() == ["", "ing", "", ""]
+    assert words["form"].tolist() == ["Title", "lower", "punctuation", "lower"] and words["suffix"].tolist() == [
+        "",
+        "ing",
+        "",
+        "",
+    ]
     assert words["place"].tolist() == ["first", "inside", "last", "first"]
     assert words["sentiment"].tolist() == ["positive", "", "", "negative"]
     assert words["class"].tolist() == ["positive", "positive", "positive", "negative"]
@@ -128,19 +163,60 @@ def test_a_cloud_is_drawn_whatever_the_script_by_the_font_that_lacks_least(words
     assert lacking[clvq.cloud_font(words)] == min(lacking.values())
 
 
+@pytest.mark.parametrize("words", [["film"], ["映画"]])
+def test_a_font_that_cannot_be_read_does_not_keep_a_cloud_from_being_drawn(tmp_path, monkeypatch, words):
+    from matplotlib import font_manager, get_data_path
+    from matplotlib import pyplot as plt
+
+    broken, empty = tmp_path / "Broken.ttf", tmp_path / "Empty.otf"
+    broken.write_bytes(b"no font at all")
+    empty.write_bytes(b"")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(broken), str(empty), str(tmp_path / "gone.ttf")])
+    assert clvq.cloud_font(words) == f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    figure, axes = plt.subplots()
+    clvq.word_cloud(dict.fromkeys(words, 2), axes)
+    plt.close(figure)
+
+
+def test_dollars_and_backslashes_in_names_are_no_formulas(tmp_path):
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2)
+    clvq.word_cloud({"film": 2}, axes[0], r"class $\no$")
+    flow = clvq.transitions(torch.tensor([0]), torch.tensor([5]))
+    clvq.draw_flow(flow, axes[1], ({0: r"$\no$"}, {5: "$5, $6"}))
+    figure.savefig(tmp_path / "figure.png")
+    plt.close(figure)
+
+
 def explored(n: int = 12) -> pd.DataFrame:
     return pd.DataFrame({
-        "concept": range(n), "words": ["</script><b>film</b> ×2, dull ×1"] * n, "class": ["negative", "positive"] * (n // 2), "purity": 0.6,
-        "states": range(1, n + 1), "effect": [None, *[-0.01] * (n - 1)], "effect_low": -0.02, "effect_high": 0.0, "flipped": 0.1,
-        "stability": [0.2, *[0.9] * (n - 1)], "examples": [["a <img src=x onerror=alert(1)> «film»"]] * n, "near": [[1, 2, 3, 4, 5]] * n,
+        "concept": range(n), "words": ["</script><b>film</b> ×2, dull ×1"] * n,
+        "class": ["negative", "positive"] * (n // 2), "purity": 0.6,
+        "states": range(1, n + 1), "effect": [None, *[-0.01] * (n - 1)], "effect_low": -0.02,
+        "effect_high": 0.0, "flipped": 0.1,
+        "stability": [0.2, *[0.9] * (n - 1)], "examples": [["a <img src=x onerror=alert(1)> «film»"]] * n,
+        "near": [[1, 2, 3, 4, 5]] * n,
         "x": np.arange(n), "y": np.arange(n),
     })  # fmt: skip
 
 
 def test_what_stands_in_the_data_is_no_markup_in_the_explorer():
-    page = clvq.explorer(explored(), "12 concepts of <i>this</i>")
+    page = clvq_app.explorer_html(explored(), "12 concepts of <i>this</i>")
     assert "<b>film" not in page and "<img src=x" not in page and "&lt;i&gt;this" in page
     assert "(unstable)" in page and page.count("(unstable)") == 1 and "not in the evaluation sentences" in page
+
+
+def test_the_names_of_classes_are_no_markup_either():
+    table = explored().assign(**{"class": "</script><script>alert(1)</script><b>c</b>"})
+    page = clvq_app.explorer_html(table, "<script>alert(2)</script>")
+    assert "<script>alert" not in page and "<b>c" not in page
+
+
+def test_a_page_is_one_file_whose_title_is_text(tmp_path):
+    page = clvq_app.write_page(tmp_path / "new" / "page.html", "<i>a</i> & b", "<p>kept as it is</p>").read_text("utf8")
+    assert "<title>&lt;i&gt;a&lt;/i&gt; &amp; b</title>" in page and "<p>kept as it is</p>" in page
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
@@ -148,7 +224,9 @@ def test_the_explorer_is_searched_sorted_and_opened_by_mouse_and_keyboard_from_o
     from playwright.sync_api import sync_playwright
 
     table = explored(1200).assign(words=[f"word{k} ×2, dull ×1" for k in range(1200)])
-    page_file = clvq.write_page(tmp_path / "explorer.html", "Explorer", clvq.explorer(table, "1,200 concepts"))
+    page_file = clvq_app.write_page(
+        tmp_path / "explorer.html", "Explorer", clvq_app.explorer_html(table, "1,200 concepts")
+    )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page, asked, errors = browser.new_page(), [], []

@@ -105,6 +105,26 @@ def test_draws_depend_on_the_generator_alone():
     assert not torch.equal(q.sample(z, seed(1)), q.sample(z, seed(2)))
 
 
+def test_draws_are_the_same_wherever_the_generator_and_the_states_are():
+    q, z = quantizer(temperature=5.0), torch.randn(200, 8, generator=seed(2))
+    expected = (torch.softmax(-q.distances(z).topk(5, largest=False)[0] / 5, 1)
+                / torch.empty(200, 5).exponential_(generator=seed(1))).argmax(1)  # fmt: skip
+    near = q.distances(z).topk(5, largest=False)[1]
+    assert torch.equal(q.sample(z, seed(1)), near.gather(1, expected[:, None])[:, 0])
+    elsewhere = q.to("meta")  # a device whose tensors no CPU generator fills
+    assert elsewhere.sample(z.to("meta"), seed(1)).device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_codes_are_drawn_on_a_gpu_with_a_generator_of_either_device():
+    q, z = quantizer(temperature=5.0), torch.randn(2000, 8, generator=seed(2))
+    expected = q.sample(z, seed(1))
+    q.cuda()
+    drawn = q.sample(z.cuda(), seed(1)).cpu()
+    assert (drawn == expected).float().mean() > 0.99  # the same noise; distances differ by rounding
+    assert q.sample(z.cuda(), torch.Generator("cuda")).device.type == q.sample(z.cuda()).device.type == "cuda"
+
+
 # --- what the quantiser returns -----------------------------------------------------------------------------------
 
 
@@ -203,6 +223,48 @@ def test_a_step_of_the_moving_averages_is_the_one_of_appendix_a1():
     torch.testing.assert_close(q.sums[:, 0], torch.tensor([0.9 * 4 + 0.1 * 5, 0.9 * 30 + 0.1 * 10]), rtol=1e-5, atol=0)
     torch.testing.assert_close(q.codebook, q.sums / q.counts[:, None], rtol=1e-5, atol=0)
     assert not torch.equal(q.smoothed(), q.counts) and torch.isclose(q.smoothed().sum(), q.counts.sum())
+
+
+def updates(q: clvq.Quantizer, steps: int, taken: int) -> clvq.Quantizer:
+    """Steps in which states near the first ``taken`` codes are assigned to these, and none to the others."""
+    places = q.codebook.clone()
+    for step in range(steps):
+        codes = torch.arange(60) % taken
+        q.update(places[codes] + torch.randn(60, q.codebook.shape[1], generator=seed(step)), codes)
+    return q
+
+
+@pytest.mark.parametrize("chosen", [{}, dict(ema_decay=0.5), dict(ema_decay=0.0), dict(ema_epsilon=0.0), dict(ema_epsilon=0.1)])
+def test_a_code_without_states_keeps_its_place_for_ever(chosen):
+    q = quantizer(k=6, **chosen)
+    places, counts = q.codebook.clone(), torch.full((6,), 10.0)
+    counts[4:] = 0
+    q.start(places, counts)
+    updates(q, 500, taken=4)
+    assert torch.equal(q.codebook[4:], places[4:]) and not torch.equal(q.codebook[:4], places[:4])
+    assert q.codebook.isfinite().all()
+
+
+@pytest.mark.parametrize("had", [1.0, 30.0, 1000.0])
+def test_a_code_that_no_state_takes_any_more_stays_where_its_states_were(had):
+    q = quantizer(k=6, counts=had)
+    places = q.codebook.clone()
+    updates(q, 3000, taken=5)
+    assert (q.codebook[5] - places[5]).norm() < 0.002 * places[5].norm()
+    resting = q.codebook[5].clone()
+    assert torch.equal(updates(q, 500, taken=5).codebook[5], resting)
+    state = torch.full((1, 8), 3.0)
+    q.update(state, torch.tensor([5]))  # the next state takes it along
+    torch.testing.assert_close(q.codebook[5:], state, rtol=2e-3, atol=0)
+
+
+def test_where_averages_alone_are_started_codes_without_states_are_set_as_no_average_would_move_them():
+    q = quantizer(k=6, start_in="averages")
+    small, codes, counts = q.codebook.clone(), torch.randn(6, 8, generator=seed(9)), torch.tensor([10.0, 10, 10, 10, 0, 0])
+    q.start(codes, counts)
+    assert torch.equal(q.codebook[:4], small[:4]) and torch.equal(q.codebook[4:], codes[4:])
+    q.update(codes[:1], torch.tensor([0]))
+    torch.testing.assert_close(q.codebook, codes, rtol=1e-4, atol=1e-5)
 
 
 def test_the_start_survives_the_first_update():
@@ -373,8 +435,19 @@ def test_codes_are_learned_from_so_many_states_a_code_and_counted_over_all(monke
     seen = []
     kmeans = clvq.kmeans
     monkeypatch.setattr(clvq, "kmeans", lambda rows, *given: (seen.append(len(rows)), kmeans(rows, *given))[1])
-    monkeypatch.setattr(clvq, "POINTS", 30)
+    monkeypatch.setattr(clvq, "MAX_POINTS_PER_CODE", 30)
     codes, counts = clvq.start_codebook(x, settings, seed())
     assert seen == [600] and counts.sum() == 2000
     cosine = [(F.normalize(x) @ F.normalize(part).T).amax(1).mean() for part in (codes, whole)]
     assert cosine[0] > 0.97 * cosine[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("start", ["spherical", "kmeans++", "random"])
+def test_a_start_on_a_gpu_is_on_the_cpu_and_as_good(start):
+    x = clusters()
+    codes, counts = clvq.start_codebook(x, model_settings(n_codes=20, start=start), seed())
+    assert codes.device.type == counts.device.type == "cpu" and counts.sum() == len(x)
+    on_gpu, on_cpu = (clvq.kmeans(part, 20, 25, seed())[0].cpu() for part in (x.cuda(), x))
+    tightness = [clvq.nearest(x, centres)[1].sum() for centres in (on_gpu, on_cpu)]
+    assert tightness[0] < 1.05 * tightness[1]

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.power import NormalIndPower, TTestPower
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import clvq_core as clvq
 
@@ -83,7 +85,7 @@ def test_a_shift_of_all_states_and_points_moves_centred_and_subtracted_states_al
     shift = 4 * torch.randn(12, generator=seed(3))
     words = trial.test.states[0][~trial.test.tokens["is_summary"].to_numpy()].view(200, 2, -1)
     moved = make_trial(trial.summaries(0) + shift, list(words + shift), trial.labels, trial.predicted)
-    here, there = trial.variants(method), moved.variants(replace(method, vectors=method.vectors + shift))
+    here, there = trial.variants(method), moved.variants(replace(method, vectors=method.vectors + shift, centre=method.centre + shift))
     for name in ("concept", "random code", "random word", "other class", "matched norm", "gaussian"):
         for way in {"centred", "subtraction"} if name != "gaussian" else {"centred"}:
             torch.testing.assert_close(there[name, way] - shift, here[name, way], rtol=0, atol=1e-4)
@@ -104,12 +106,12 @@ def transparent(make_trial):
     labels, predicted = torch.arange(150) % 2, torch.randint(0, 3, (150,), generator=seed(7))
     train = make_trial(1 + 2 * h.flip(0), [3 + w for w in words], labels).test
     trial = make_trial(h, words, labels, predicted, train=train, probe_epochs=2)
-    return trial, clvq.Concepts("rows", 0, trial.test.states[0])
+    return trial, clvq.Concepts("rows", 0, trial.test.states[0], centre=trial.centre(0).word)
 
 
 def rows_of(removal: clvq.Removal, method: clvq.Concepts) -> torch.Tensor:
     """Which code each sentence loses."""
-    same = (removal.along[:, None] == method.vectors).all(2)
+    same = (removal.vector[:, None] == method.vectors).all(2)
     assert (same.sum(1) == 1).all()
     return same.float().argmax(1)
 
@@ -123,16 +125,31 @@ def test_the_concept_is_that_of_the_most_salient_position(transparent):
 def test_positions_are_ranked_by_falling_salience(transparent):
     trial, _ = transparent
     for sentence, part in trial.tokens.groupby("sentence"):
-        there = trial.ranked[sentence][trial.ranked[sentence] >= 0]
+        there = trial.ranked[sentence][trial.ranked[sentence] >= 0].numpy()
         assert sorted(there) == part.index.tolist() and (np.diff(trial.tokens["salience"][there]) <= 0).all()
         assert (trial.ranked[sentence][len(there) :] == -1).all()
 
 
-def test_a_random_code_is_any_code_of_the_codebook(transparent):
+def test_a_random_code_is_drawn_as_often_as_words_have_it_and_never_one_without_words(transparent):
     trial, method = transparent
-    few = replace(method, vectors=method.vectors[:5])
-    found = rows_of(trial.removals(few)["random code"], few).bincount(minlength=5)
-    assert scipy.stats.chisquare(found.numpy()).pvalue > 1e-3
+    unused = 1e3 + torch.arange(200.0)[:, None].expand(-1, 8)
+    few = replace(method, vectors=torch.cat([method.vectors[:5], unused]))
+    codes = [rows_of(trial.removals(few)["random code"], few)]
+    codes += [trial.used_codes(few, (40, 25), seed(number)).flatten() for number in range(3)]
+    words = trial.test.states[0][torch.from_numpy(~trial.tokens["is_summary"].to_numpy())]
+    use = few.assign(words).bincount(minlength=205)[:5]
+    assert codes[0].max() < 5 and use.max() > 2 * use.min()
+    drawn = torch.cat(codes).bincount(minlength=5)
+    assert scipy.stats.chisquare(drawn.numpy(), (use / use.sum() * drawn.sum()).double().numpy()).pvalue > 1e-3
+
+
+def test_the_random_code_of_equal_norm_leads_where_the_random_code_does_and_takes_away_as_much_as_the_concept(transparent):
+    trial, method = transparent
+    h, variants = trial.summaries(0), trial.variants(method)
+    for way in WAYS:
+        concept, code, equal = (h - variants[name, way] for name in ("concept", "random code", "random code, equal norm"))
+        torch.testing.assert_close(equal.norm(dim=1), concept.norm(dim=1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(F.cosine_similarity(equal, code), torch.ones(150), rtol=0, atol=1e-4)
 
 
 def test_a_random_word_is_another_word_of_the_same_sentence_and_each_is_as_likely(transparent):
@@ -165,6 +182,37 @@ def test_the_other_class_is_the_concept_of_a_sentence_that_the_model_puts_in_ano
     assert len(set(other)) > 50
 
 
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest tensor has that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor))])
+        return made
+
+
+def test_each_sentence_of_another_class_is_as_likely_and_no_table_of_pairs_is_made(make_trial):
+    classes, n = torch.tensor([0] * 6 + [1] * 3 + [3] * 1), 400
+    predicted = classes.repeat(n)[torch.randperm(10 * n, generator=seed(1))]
+    h = torch.randn(10 * n, 2, generator=seed(2))
+    trial = make_trial(h, list(h[:, None]), torch.arange(10 * n) % 2, predicted)
+    method = clvq.Concepts("rows", 0, trial.test.states[0][trial.salient])
+    method.assign = lambda states: torch.arange(len(states))  # a code a sentence
+    with LargestTensor() as largest:
+        vectors = trial.removals(method)["other class"].vector
+    assert largest.elements < 40 * 10 * n
+    place = {tuple(row): i for i, row in enumerate(method.vectors.tolist())}
+    other = torch.tensor([place[tuple(row)] for row in vectors.tolist()])
+    assert (predicted[other] != predicted).all()
+    for own in (0, 1, 3):
+        rest = np.bincount(predicted[predicted != own], minlength=4)
+        drawn = np.bincount(predicted[other[predicted == own]], minlength=4)
+        assert scipy.stats.chisquare(drawn[rest > 0], rest[rest > 0] * drawn.sum() / rest.sum()).pvalue > 1e-3
+    assert len(set(other.tolist())) > 0.55 * 10 * n  # of 4,000 draws
+
+
 def test_without_sentences_of_another_class_that_control_is_left_out_and_the_others_stay(transparent):
     trial, method = transparent
     alone = clvq.Trial(trial.train, trial.test, trial.tokens, trial.labels, torch.zeros_like(trial.predicted), trial.config)
@@ -181,20 +229,31 @@ def test_means_and_first_component_are_numpys_of_the_training_states(transparent
     first = np.linalg.svd(states[summary] - states[summary].mean(0))[2][0]
     np.testing.assert_allclose(component * np.sign(component @ first), first, atol=1e-4)
     found = trial.removals(method)
-    np.testing.assert_allclose(found["mean"].along, np.tile(mean, (150, 1)))
-    np.testing.assert_allclose(found["first component"].along, np.tile(component, (150, 1)))
-    np.testing.assert_allclose(found["concept"].away, found["concept"].along - word_mean, atol=1e-6)
+    np.testing.assert_allclose(found["mean"].vector, np.tile(mean, (150, 1)))
+    np.testing.assert_allclose(found["first component"].vector, np.tile(component, (150, 1)))
+    np.testing.assert_allclose(found["concept"].offset, found["concept"].vector - word_mean, atol=1e-6)
+
+
+def test_each_method_is_centred_on_the_mean_of_what_its_vectors_are_averages_of_and_not_on_the_words(worded):
+    trial, method, _ = worded
+    elsewhere = replace(method, centre=method.centre + 3)
+    expected = elsewhere.vectors[elsewhere.assign(trial.test.states[0][trial.salient])] - elsewhere.centre
+    torch.testing.assert_close(trial.removals(elsewhere)["concept"].offset, expected)
+    trial = Watched(trial.train, trial.test, trial.tokens, trial.labels, trial.predicted, trial.config)
+    clvq.removal_curve([elsewhere], trial, most=2)
+    np.testing.assert_allclose(trial.seen["concept", "centred", 2], expected_left(trial, elsewhere, 2, True), atol=2e-4)
 
 
 def test_of_a_direction_as_much_is_removed_as_the_word_has(transparent):
     trial, _ = transparent
     directions = torch.tensor([[2.0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0.5, 0, 0, 0, 0, 0]])
-    method = clvq.Concepts("directions", 0, directions, directions=True, scores=lambda states: states[:, [0, 2]])
+    method = clvq.Concepts("directions", 0, directions, directions=True, scores=lambda states: states[:, [0, 2]],
+                           centre=trial.centre(0).word)  # fmt: skip
     found, word = trial.removals(method)["concept"], trial.test.states[0][trial.salient]
     axis = torch.where(word[:, 0] >= word[:, 2], 0, 2)
-    assert torch.equal(found.along, directions[axis // 2])
-    expected = torch.zeros(150, 8).scatter(1, axis[:, None], (word - trial.centre(0)[2]).gather(1, axis[:, None]))
-    torch.testing.assert_close(found.away, expected)
+    assert torch.equal(found.vector, directions[axis // 2])
+    expected = torch.zeros(150, 8).scatter(1, axis[:, None], (word - method.centre).gather(1, axis[:, None]))
+    torch.testing.assert_close(found.offset, expected)
 
 
 def test_a_matched_control_takes_away_exactly_as_much_as_the_concept_in_a_direction_of_its_own(transparent):
@@ -210,7 +269,7 @@ def test_a_matched_control_takes_away_exactly_as_much_as_the_concept_in_a_direct
 def test_every_variant_is_the_removal_of_what_it_is_named_after(transparent):
     trial, method = transparent
     h, mean, found = trial.summaries(0), trial.centre(0)[0], trial.removals(method)
-    variants = {key: x for key, x in trial.variants(method).items() if key[0] != "matched norm"}
+    variants = {key: x for key, x in trial.variants(method).items() if key[0] in found}
     assert len(variants) == 17
     for (name, way), x in variants.items():
         along, away = found[name]
@@ -258,19 +317,18 @@ def worded(make_trial):
     words = [codes[torch.randint(9, (n,), generator=seed(i))] for i, n in enumerate(counts)]
     h = 2 + torch.randn(60, 10, generator=seed(3))
     trial = make_trial(h, words, torch.arange(60) % 2, kind=Watched, probe_epochs=2)
-    method = clvq.Concepts("codes", 0, codes)
+    method = clvq.Concepts("codes", 0, codes, centre=trial.centre(0).word)
     results = clvq.removal_curve([method], trial, most=5)
     return trial, method, results
 
 
 def expected_left(trial, method, n: int, centred: bool) -> np.ndarray:
     """States less their part in the span of the first n concepts, by least squares in double precision."""
-    mean, _, word_mean = (part.double().numpy() for part in trial.centre(0))
-    out = []
+    mean, out = trial.centre(0).summary.double().numpy(), []
     for h, ranked in zip(trial.summaries(0).double().numpy(), trial.ranked[:, :n], strict=True):
         span = method.vectors[method.assign(trial.test.states[0][ranked[ranked >= 0]])].double().numpy()
         if centred:
-            h, span = h - mean, span - word_mean
+            h, span = h - mean, span - method.centre.double().numpy()
         left = h - span.T @ np.linalg.lstsq(span.T, h, rcond=1e-6)[0]
         out.append(left + mean if centred else left)
     return np.stack(out)
@@ -356,8 +414,9 @@ def shifted(planted, make_trial):
     constant = 6 + torch.randn(12, generator=seed(8))
     words = trial.test.states[0][~trial.test.tokens["is_summary"].to_numpy()].view(200, 2, -1)
     moved = make_trial(trial.summaries(0) + constant, list(words + constant), trial.labels, trial.predicted)
-    points = replace(method, vectors=method.vectors + constant)
-    directions = clvq.Concepts("directions", 0, method.vectors, directions=True, scores=lambda x: (x - constant) @ method.vectors.T)
+    points = replace(method, vectors=method.vectors + constant, centre=moved.centre(0).word)
+    directions = clvq.Concepts("directions", 0, method.vectors, directions=True, scores=lambda x: (x - constant) @ method.vectors.T,
+                               centre=moved.centre(0).word)  # fmt: skip
     results = clvq.shift_test([points, directions], moved, sizes=(3, 300), directions=2)
     accuracy = results.set_index(["method", "removed", "way", "probe", "shift", "direction"])["accuracy"].sort_index()
     return moved, points, directions, accuracy, results
@@ -413,7 +472,7 @@ def test_a_moved_probe_is_the_probe_with_its_first_bias_less_the_shift(shifted):
         moved = probes._replace(bias1=probes.bias1 - (shift @ probes.weight1)[:, None])
         torch.testing.assert_close(clvq.score(moved, (h + shift)[None], trial.folds), clvq.score(probes, h[None], trial.folds),
                                    rtol=0, atol=1e-3)  # fmt: skip
-        along = trial.removals(points)["concept"].along + shift
+        along = trial.removals(points)["concept"].vector + shift
         answers = clvq.score(moved, clvq.ablate(h + shift, along)[None], trial.folds)[0].argmax(1)
         expected = float((answers == trial.labels).float().mean())
         assert accuracy["planted", "concept", "projection", "moved", "3", i] == pytest.approx(expected, abs=1e-6)
@@ -561,6 +620,33 @@ def test_results_in_the_model_go_through_the_same_summary(inside):
         own = results[(results["removed"] == row["removed"]) & (results["way"] == row["way"]) & (results["where"] == row["where"])]
         assert row["kl"] == pytest.approx(own["kl"].mean()) and row["flipped"] == pytest.approx(own["flipped"].mean())
     assert (summary.loc[summary["removed"] == "gaussian", "change"] == 0).all() and summary["change"].notna().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_the_model_answers_as_on_the_cpu_and_tables_are_on_the_cpu(inside):
+    trial, lm, config = inside
+    config = config.replace(inference_precision="float32")
+    method = replace(code_method(inside, 4), centre=trial.centre(4).word)
+    controls = ("matched norm", "gaussian", "random code", "random code, equal norm", "other class")
+    tokens = trial.tokens.assign(concept=method.assign(trial.test.states[4]).numpy())
+    use = np.ones(len(method.vectors))
+
+    def tables(method):
+        return (clvq.in_model([method], trial, lm, TEXTS, config, ways=WAYS, controls=controls),
+                clvq.concept_effects(method, lm, TEXTS, tokens, trial.centre(4), use, config))  # fmt: skip
+
+    here = tables(method)
+    on_gpu = replace(method, vectors=method.vectors.cuda(), centre=method.centre.cuda())
+    on_gpu.assign = method.assign
+    lm.model.cuda()
+    try:
+        there = tables(on_gpu)
+    finally:
+        lm.model.cpu()
+    for cpu, gpu in zip(here, there, strict=True):
+        pd.testing.assert_frame_equal(cpu.drop(columns="confidence"), gpu.drop(columns="confidence"), atol=1e-3)
+        np.testing.assert_allclose(gpu["confidence"], cpu["confidence"], atol=1e-3)
 
 
 # --- people's evidence --------------------------------------------------------------------------------------------

@@ -22,13 +22,14 @@ import torch
 from distributed import Client, LocalCluster
 from scipy.stats import t
 
+import clvq_app
 import clvq_core as clvq
 
 ROOT = Path(__file__).parents[1]
 METHOD = ROOT / "notebooks" / "01_method.ipynb"
 QUICK = dict(train_sentences=100, test_sentences=60, finetune_epochs=1, epochs=2, n_codes=20, folds=3, probe_epochs=3)
 DIVERGING = dict(learning_rate=1e15, clip_norm=0.0, standardize_targets=False)
-CLVQ = [sys.executable, "-c", "import sys, clvq_core; sys.exit(clvq_core.main())"]  # what the command `clvq` does
+CLVQ = [sys.executable, "-c", "import sys, clvq_app; sys.exit(clvq_app.main())"]  # what the command `clvq` does
 PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -73,7 +74,8 @@ def pipeline():
 
 def untrained(pipeline: clvq.Pipeline, cache: Path) -> Path:
     """Links what comes before training into another cache."""
-    for path in [path for step in ("finetuned", "activations", "salience") for path in pipeline.cache.glob(f"{step}-*") if path.is_dir()]:
+    steps = ("classifier", "door", "states", "salience_at")
+    for path in [path for step in steps for path in pipeline.cache.glob(f"{step}-*") if path.is_dir()]:
         shutil.copytree(path, cache / path.name, copy_function=os.link)
     return cache
 
@@ -102,7 +104,7 @@ def test_in_this_process_every_call_gives_its_result_or_its_exception():
             raise OSError("unlucky")
         return math.sqrt(number)
 
-    found = dict(clvq.side_by_side(root, [(4,), (-1,), (13,), (9,)], workers=0))
+    found = dict(clvq.run_parallel(root, [(4,), (-1,), (13,), (9,)], workers=0))
     assert found[0] == 2 and found[3] == 3
     assert type(found[1]) is ValueError and type(found[2]) is OSError and str(found[2]) == "unlucky"
 
@@ -117,7 +119,7 @@ def test_what_another_try_may_mend_is_tried_again_and_nothing_else(error, retrie
         tried.append(name)
         raise error(name)
 
-    found = dict(clvq.side_by_side(fail, [("a",), ("b",)], workers=0, retries=retries))
+    found = dict(clvq.run_parallel(fail, [("a",), ("b",)], workers=0, retries=retries))
     assert tried == ["a"] * tries + ["b"] * tries
     assert {i: str(value) for i, value in found.items()} == {0: "a", 1: "b"} and type(found[0]) is error
 
@@ -131,31 +133,31 @@ def test_a_call_that_fails_once_gives_its_result_once():
             raise OSError(name)
         return name
 
-    assert list(clvq.side_by_side(shy, [("a",), ("b",)], workers=0)) == [(0, "a"), (1, "b")]
+    assert list(clvq.run_parallel(shy, [("a",), ("b",)], workers=0)) == [(0, "a"), (1, "b")]
 
 
 def test_workers_of_this_machine_give_the_same_results_and_exceptions_and_are_started_once(tmp_path):
     (tmp_path / "file").write_text("x")
     calls = [(tmp_path / "file",), (tmp_path / "none",), (tmp_path / "file",), (tmp_path,), (tmp_path / "file",)]
-    here, there = (dict(clvq.side_by_side(clvq.hash_file, calls, workers)) for workers in (0, 2))
+    here, there = (dict(clvq.run_parallel(clvq.hash_file, calls, workers)) for workers in (0, 2))
     assert here.keys() == there.keys() == set(range(5))
     assert here[0] == there[0] == there[2] == there[4] == clvq.hash_file(tmp_path / "file")
     assert all(type(here[i]) is type(there[i]) and str(here[i]) == str(there[i]) for i in (1, 3))
     workers = {child.pid for child in psutil.Process().children(recursive=True) if is_worker(child)}
-    list(clvq.side_by_side(clvq.hash_file, calls, 2))
+    list(clvq.run_parallel(clvq.hash_file, calls, 2))
     assert workers == {child.pid for child in psutil.Process().children(recursive=True) if is_worker(child)} != set()
 
 
 def is_worker(process: psutil.Process) -> bool:
     try:
-        return "dask_worker" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+        return "popen_loky" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
 
 @pytest.fixture
 def worker_settings(monkeypatch):
-    """Puts back what `at_work` sets."""
+    """Puts back what `worker_call` sets."""
     monkeypatch.setenv("CLVQ_WORKERS", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
@@ -164,20 +166,56 @@ def worker_settings(monkeypatch):
 
 
 def test_a_worker_with_another_version_of_the_module_refuses_the_call(worker_settings):
-    known = clvq.code_hash("parse_value")
-    assert clvq.at_work(clvq.parse_value, ("1",), None, known) == 1
-    with pytest.raises(RuntimeError, match="another version"):
-        clvq.at_work(clvq.parse_value, ("1",), None, clvq.code_hash("hash_text"))
+    versions = clvq.step_versions()
+    assert clvq.worker_call(3, clvq.parse_value, ("seed", "1"), 0, None, {}, versions) == (3, 1)
+    i, error = clvq.worker_call(3, clvq.parse_value, ("seed", "1"), 0, None, {}, versions | {"vqvae": -1})
+    assert i == 3 and type(error) is RuntimeError and "another version" in str(error)
 
 
 def test_a_worker_has_its_own_threads_no_workers_of_its_own_and_keeps_quiet(worker_settings, capsys):
-    clvq.at_work(clvq.default_workers, (), 2, clvq.code_hash("default_workers"))
-    assert torch.get_num_threads() == 2 and os.environ["OMP_NUM_THREADS"] == "2" and clvq.default_workers() == 0
-    found = clvq.at_work(clvq.configure, ("huge",), None, clvq.code_hash("configure"))
-    assert type(found) is ValueError and "'huge'" in str(found)
-    with pytest.raises(FileNotFoundError):
-        clvq.at_work(clvq.hash_file, (Path("nowhere"),), None, clvq.code_hash("hash_file"))
+    versions, variables = clvq.step_versions(), {"CLVQ_WORKERS": "0"}
+    assert clvq.worker_call(0, clvq.default_workers, (), 0, 2, variables, versions) == (0, 0)
+    assert torch.get_num_threads() == 2
+    _, error = clvq.worker_call(0, clvq.configure, ("huge",), 0, None, variables, versions)
+    assert type(error) is ValueError and "'huge'" in str(error)
+    assert type(clvq.worker_call(0, clvq.hash_file, (Path("nowhere"),), 1, None, variables, versions)[1]) is FileNotFoundError
     assert capsys.readouterr().err == ""
+
+
+def die_once(mark: Path, name: str) -> str:
+    if name == "mortal" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return name
+
+
+def test_a_worker_of_this_machine_that_is_killed_loses_no_call(tmp_path):
+    names = ["a", "mortal", "b", "c"]
+    results = dict(clvq.run_parallel(die_once, [(tmp_path / "mark", name) for name in names], workers=2))
+    assert (tmp_path / "mark").exists() and [results[i] for i in range(4)] == names
+
+
+def test_workers_of_this_machine_need_no_dask_and_listen_on_no_port():
+    """What listens can be told to run code by any user of the machine."""
+    program = """
+import sys
+sys.modules["distributed"] = sys.modules["dask"] = None                                      # as where neither is installed
+import psutil, pathlib
+import clvq_core as clvq
+calls = [(pathlib.Path(clvq.__file__),)] * 4
+for _, result in clvq.run_parallel(clvq.hash_file, calls, workers=2):
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    print(result, [c.laddr for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN])
+try:
+    list(clvq.run_parallel(clvq.hash_file, calls, scheduler="tcp://127.0.0.1:1"))
+except ValueError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": PATH}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240)
+    *lines, refused = done.stdout.splitlines()
+    assert lines == [f"{clvq.hash_file(ROOT / 'clvq_core.py')} []"] * 4, done.stderr
+    assert refused == "a scheduler needs the package distributed: pip install distributed"
 
 
 def test_the_number_of_workers_minds_the_environment_cores_memory_and_gpu(monkeypatch):
@@ -199,7 +237,7 @@ def test_the_number_of_workers_minds_the_environment_cores_memory_and_gpu(monkey
 def test_a_sweep_over_a_given_scheduler_gives_the_results_of_one_in_this_process(straight, fresh_cache, tmp_path):
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         found = clvq.run_sweep(runs(2, epochs=4), tmp_path / "sweep", scheduler=cluster.scheduler_address, threads=1)
-    assert len(list(fresh_cache.glob("measured-*/results.parquet"))) == 2
+    assert len(list(fresh_cache.glob("training_summary-*/result.parquet"))) == 2
     same_results(found, straight[1][straight[1]["run"].isin(found["run"])])
 
 
@@ -236,18 +274,18 @@ def test_a_run_that_needs_a_gpu_goes_only_to_a_worker_that_has_one(cluster, tmp_
     address, _, caches = cluster
 
     def places(**resources) -> set[str]:
-        return {place.name for _, place in clvq.side_by_side(clvq.cache_folder, [()] * 12, scheduler=address, resources=resources)}
+        return {place.name for _, place in clvq.run_parallel(clvq.cache_folder, [()] * 12, scheduler=address, resources=resources)}
 
     assert places(GPU=1) == {"gpu"}
     assert places() == {"gpu", "plain"}
     found = clvq.run_sweep(runs(3, epochs=3), tmp_path / "sweep", scheduler=address, threads=1, resources={"GPU": 1})
     assert found["run"].nunique() == len(done(tmp_path / "sweep")) == 3
-    assert {name: len(list((caches / name).glob("measured-*/*.parquet"))) for name in ("gpu", "plain")} == {"gpu": 3, "plain": 0}
+    assert {name: len(list((caches / name).glob("training_summary-*/*.parquet"))) for name in ("gpu", "plain")} == {"gpu": 3, "plain": 0}
 
 
 def test_the_module_called_as_a_command_reaches_a_cluster(cluster, tmp_path):
     path, folder = write_sweep(tmp_path / "grid.yaml", grid={"seed": [0, 1]}, epochs=1), tmp_path / "sweep"
-    command = [sys.executable, "-m", "clvq_core", "sweep", str(path), "-o", str(folder), "--scheduler", cluster[0]]
+    command = [sys.executable, "-m", "clvq_app", "sweep", str(path), "-o", str(folder), "--scheduler", cluster[0]]
     process = subprocess.run(command, env={**os.environ, "PYTHONPATH": PATH}, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-2000:]
     assert len(done(folder)) == 2
@@ -306,7 +344,7 @@ def test_a_killed_sweep_goes_on_where_it_was(straight, fresh_cache, tmp_path):
     kill_in_the_middle(folder, str(path), "--workers", "0")
     before = done(folder)
     assert 1 <= len(before) < 4
-    assert clvq.main(["sweep", str(path), "-o", str(folder), "--workers", "0"]) == 0
+    assert clvq_app.main(["sweep", str(path), "-o", str(folder), "--workers", "0"]) == 0
     after = done(folder)
     assert len(after) == 4 and {name: after[name] for name in before} == before
     same_results(pd.read_parquet(folder / "results.parquet"), straight[1][straight[1]["seed"] < 4])
@@ -329,19 +367,19 @@ def test_workers_end_with_the_sweep_that_is_killed(fresh_cache, tmp_path):
 
 def test_a_failed_run_is_reported_with_its_error_while_the_others_finish(fresh_cache, tmp_path, capsys):
     path, folder = write_sweep(tmp_path / "grid.yaml", runs=[DIVERGING, {}]), tmp_path / "sweep"
-    bad, good = clvq.read_sweep(path)
+    bad, good = clvq_app.read_sweep(path)
     command = ["sweep", str(path), "-o", str(folder), "--workers", "0"]
-    assert clvq.main(command) == 1
+    assert clvq_app.main(command) == 1
     shown = capsys.readouterr().err.strip().splitlines()[-1]
     assert shown.startswith("clvq: 1 of 2 runs failed") and "FloatingPointError" in shown and "1000000000000000.0" in shown
     error = folder / f"{bad.name}.error.txt"
     assert str(error) in shown and "FloatingPointError" in error.read_text() and "Traceback" in error.read_text()
     assert list(done(folder)) == [good.name]
     before, first = done(folder), error.stat().st_mtime_ns
-    assert clvq.main(command) == 1
+    assert clvq_app.main(command) == 1
     assert error.stat().st_mtime_ns > first and done(folder) == before
     capsys.readouterr()
-    assert clvq.main([*command, "--dry-run"]) == 0
+    assert clvq_app.main([*command, "--dry-run"]) == 0
     states = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert "failed" in states[bad.name] and "done" in states[good.name]
 
@@ -363,13 +401,13 @@ def test_a_run_that_failed_is_done_by_a_later_call_and_its_error_goes(fresh_cach
 def test_a_sweep_is_every_combination_of_its_grid_with_each_of_its_runs(tmp_path):
     grid = {"seed": [1, 2, 3], "top_k": 2, "temperature": [0.5, 1]}
     path = write_sweep(tmp_path / "a.yaml", grid, [{"n_codes": 9}, {"top_k": 4}])
-    found = clvq.read_sweep(path)
+    found = clvq_app.read_sweep(path)
     assert len(found) == 12 and len({run.name for run in found}) == 12
     settings = [tuple(run.settings[name] for name in ("n_codes", "seed", "top_k", "temperature")) for run in found]
     assert set(settings) == {(9, s, 2, x) for s in (1, 2, 3) for x in (0.5, 1)} | {(20, s, 4, x) for s in (1, 2, 3) for x in (0.5, 1)}
-    assert all(run.scale == "smoke" and run.notebook == "" and run.config.train_sentences == 100 for run in found)
+    assert all(type(run) is clvq.Run and run.scale == "smoke" and run.config.train_sentences == 100 for run in found)
     (path := tmp_path / "b.yaml").write_text("scale: smoke  # all else is left out\n")
-    assert clvq.read_sweep(path) == [clvq.Run("smoke", {}, "")]
+    assert clvq_app.read_sweep(path) == [clvq.Run("smoke", {})]
 
 
 @pytest.mark.parametrize(
@@ -399,12 +437,12 @@ def test_a_file_that_cannot_be_a_sweep_is_refused_in_one_sentence(refused, tmp_p
     path = tmp_path / "grid.yaml"
     path.write_bytes(text.encode("latin-1"))
     with refused(*(part.format(path=path) for part in parts)):
-        clvq.read_sweep(path)
+        clvq_app.read_sweep(path)
 
 
 def test_a_file_that_is_not_there_is_refused(refused, tmp_path):
     with refused(str(tmp_path / "none.yaml"), "cannot be read"):
-        clvq.read_sweep(tmp_path / "none.yaml")
+        clvq_app.read_sweep(tmp_path / "none.yaml")
 
 
 def test_equal_runs_have_one_name_and_every_setting_another():
@@ -415,7 +453,7 @@ def test_equal_runs_have_one_name_and_every_setting_another():
     names = [clvq.Run("smoke", {**QUICK, **settings}).name for settings in changed] + [clvq.Run("laptop", QUICK).name]
     assert len({one.name, *names}) == 8
     settings = {"seed": 1, "epochs": 2}, {"epochs": 2, "seed": 1}, {"seed": 1}
-    of_notebook = [clvq.Run("smoke", own, str(METHOD)).name for own in settings]
+    of_notebook = [clvq_app.NotebookRun("smoke", own, str(METHOD)).name for own in settings]
     assert of_notebook[0] == of_notebook[1] != of_notebook[2]
 
 
@@ -431,7 +469,7 @@ def test_a_run_has_another_name_for_other_text(tmp_path):
 
 def test_runs_with_equal_settings_are_done_once(straight, tmp_path):
     path = write_sweep(tmp_path / "grid.yaml", grid={"seed": [0, 0]}, runs=[{}, {"temperature": 1}], epochs=4)
-    found = clvq.run_sweep(clvq.read_sweep(path), tmp_path / "sweep", workers=0)
+    found = clvq.run_sweep(clvq_app.read_sweep(path), tmp_path / "sweep", workers=0)
     assert len(done(tmp_path / "sweep")) == found["run"].nunique() == 1
     same_results(found, straight[1][straight[1]["seed"] == 0])
 
@@ -444,7 +482,7 @@ def temperatures(straight, tmp_path_factory):
     """A file of two temperatures and two seeds, and the folder where it was swept."""
     folder = tmp_path_factory.mktemp("temperatures")
     path = write_sweep(folder / "grid.yaml", grid={"temperature": [0.5, 1], "seed": [0, 1]}, epochs=1)
-    clvq.run_sweep(clvq.read_sweep(path), folder / "sweep", workers=0)
+    clvq.run_sweep(clvq_app.read_sweep(path), folder / "sweep", workers=0)
     return path, folder / "sweep"
 
 
@@ -460,20 +498,20 @@ def test_a_dry_run_prints_runs_and_what_is_done_and_does_nothing(temperatures, t
     path, folder = temperatures
     more = write_sweep(tmp_path / "more.yaml", grid={"temperature": [0.5, 1, 2], "seed": [0, 1]}, epochs=1)
     before = {file.name for file in folder.iterdir()}
-    assert clvq.main(["sweep", str(more), "-o", str(folder), "--dry-run"]) == 0
+    assert clvq_app.main(["sweep", str(more), "-o", str(folder), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    for run in clvq.read_sweep(more):
+    for run in clvq_app.read_sweep(more):
         line = next(line for line in shown.splitlines() if run.name in line)
         assert ("to do" in line) == (run.settings["temperature"] == 2) != ("done" in line)
     assert "6 runs, 4 of them done" in shown
     assert {file.name for file in folder.iterdir()} == before
-    assert clvq.main(["sweep", str(path), "-o", str(tmp_path / "new"), "--dry-run"]) == 0
+    assert clvq_app.main(["sweep", str(path), "-o", str(tmp_path / "new"), "--dry-run"]) == 0
     assert "4 runs, 0 of them done" in capsys.readouterr().out and not (tmp_path / "new").exists()
 
 
 def test_results_are_printed_as_means_over_seeds(temperatures, capsys):
     results = pd.read_parquet(temperatures[1] / "results.parquet")
-    assert clvq.main(["results", str(temperatures[1]), "--metric", "perplexity", "--metric", "effective_k"]) == 0
+    assert clvq_app.main(["results", str(temperatures[1]), "--metric", "perplexity", "--metric", "effective_k"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["temperature", "perplexity", "effective_k", "seeds"] and len(lines) == 3
     for line in lines[1:]:
@@ -487,9 +525,9 @@ def test_results_are_printed_as_means_over_seeds(temperatures, capsys):
     [("temperature", "0.5", 2), ("temperature", "1", 2), ("seed", "1", 2), ("finetune", "true", 4), ("scale", "smoke", 4)],
 )
 def test_results_are_filtered_and_exported(temperatures, tmp_path, capsys, name, value, left):
-    assert clvq.main(["results", str(temperatures[1]), "--where", name, value, "--csv", str(tmp_path / "all.csv")]) == 0
+    assert clvq_app.main(["results", str(temperatures[1]), "--where", name, value, "--csv", str(tmp_path / "all.csv")]) == 0
     found, results = pd.read_csv(tmp_path / "all.csv"), pd.read_parquet(temperatures[1] / "results.parquet")
-    assert found["run"].nunique() == left and set(found[name]) == {clvq.parse_value(value)}
+    assert found["run"].nunique() == left and set(found[name]) == {clvq.parse_value(name, value)}
     own = results[results["run"].isin(found["run"])]
     assert len(own) == len(found) and found["value"].tolist() == pytest.approx(own["value"].tolist())
     assert f"{len(own):,} measurements of {left} runs" in capsys.readouterr().out
@@ -507,7 +545,7 @@ def test_results_are_filtered_and_exported(temperatures, tmp_path, capsys, name,
     ],
 )
 def test_what_the_commands_cannot_serve_is_said_in_one_line_with_exit_code_2(temperatures, capsys, arguments, part):
-    assert clvq.main([text.format(grid=temperatures[0], sweep=temperatures[1]) for text in arguments]) == 2
+    assert clvq_app.main([text.format(grid=temperatures[0], sweep=temperatures[1]) for text in arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and error.startswith("clvq: ") and part in error
 
@@ -520,10 +558,10 @@ def test_a_sweep_over_a_notebook_has_the_numbers_it_hands_on_and_the_notebook(pi
     own = {"dataset": str(tmp_path / "reviews.csv"), "model": str(pipeline.model_folder), "finetune": False, "epochs": 2}
     path = tmp_path / "grid.yaml"
     path.write_text(json.dumps({"scale": "smoke", "notebook": str(METHOD), "settings": own, "grid": {"n_codes": [12]}}))
-    assert clvq.main(["sweep", str(path), "-o", str(tmp_path / "sweep"), "--workers", "0"]) == 0
+    assert clvq_app.main(["sweep", str(path), "-o", str(tmp_path / "sweep"), "--workers", "0"]) == 0
     results = pd.read_parquet(tmp_path / "sweep" / "results.parquet")
     assert results["epoch"].isna().all() and set(results["n_codes"]) == {12}
-    (run,) = clvq.read_sweep(path)
+    (run,) = clvq_app.read_sweep(path)
     value, here = results[results["run"] == run.name].set_index("metric")["value"], clvq.Pipeline(run.config)
     assert (value["n_codes"], value["n_train"], value["n_test"]) == (12, 100, 60)
     assert value["perplexity"] == pytest.approx(here.history.sort_values("validation_loss")["validation_perplexity"].iloc[0])
@@ -589,52 +627,63 @@ def test_the_studies_have_the_values_of_the_papers_tables():
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_knows_what_it_has_and_asking_computes_nothing(fresh_cache):
+def test_a_pipeline_knows_what_is_cached_and_asking_computes_nothing(fresh_cache):
     made = clvq.Pipeline(clvq.configure("smoke", **QUICK))
-    assert made.has("activations", "train") and made.has("salience")
+    assert made.is_cached("classifier") and made.states_call("train").path.exists()
     before = set(fresh_cache.iterdir())
-    assert not made.has("measured") and not made.has("train_folder", made.layers) and not made.has("clvqvae")
+    assert not made.is_cached("training_summary") and not made.is_cached("vqvae", *made.layers)
     assert set(fresh_cache.iterdir()) == before
-    assert made.get("train_folder", made.layers).is_dir()
+    assert made.folder("vqvae", *made.layers).is_dir()
     again = clvq.Pipeline(made.config)
-    assert again.has("train_folder", again.layers) and not again.has("measured")
-    assert len(again.measured) > 50  # to ask does not keep a pipeline from computing
-    assert clvq.Pipeline(made.config).has("measured")
-    assert not made.changed(seed=1).has("measured")
+    assert again.is_cached("vqvae", *again.layers) and not again.is_cached("training_summary")
+    assert len(again.training_summary) > 50 and clvq.Pipeline(made.config).is_cached("training_summary")
+    assert not made.changed(seed=1).is_cached("training_summary")
 
 
-def test_a_trained_model_is_a_result_too(straight):
-    made = clvq.Pipeline(straight_config())
-    assert made.has("clvqvae")
-    assert made.get("clvqvae") is made.clvqvae
-
-
-def test_what_is_computed_ahead_is_there_when_it_is_asked_for_and_failures_wait(fresh_cache, monkeypatch):
+def test_what_is_precomputed_is_cached_with_all_it_reads_from_and_failures_wait(fresh_cache, monkeypatch):
     monkeypatch.setenv("CLVQ_WORKERS", "0")
-    good, bad = (clvq.Pipeline(clvq.configure("smoke", **QUICK, **settings)) for settings in ({}, DIVERGING))
-    clvq.ahead([(bad, "measured"), (good, "measured"), (good, "train_folder", good.layers)])
-    assert clvq.Pipeline(good.config).has("measured") and not clvq.Pipeline(bad.config).has("measured")
+    good, bad = (clvq.Pipeline(clvq.configure("smoke", **QUICK | settings)) for settings in ({}, DIVERGING))
+    clvq.precompute([(bad, "training_summary"), (good, "training_summary"), (good, "vqvae", *good.layers)])
+    assert good.is_cached("training_summary") and not bad.is_cached("training_summary")
     with pytest.raises(FloatingPointError):
-        bad.get("measured")
+        _ = bad.training_summary
     before = {path: path.stat().st_mtime_ns for path in fresh_cache.iterdir()}
-    clvq.ahead([(good, "measured")])
+    clvq.precompute([(good, "training_summary")])
     assert {path: path.stat().st_mtime_ns for path in fresh_cache.iterdir()} == before
+
+
+def test_each_step_is_precomputed_once_and_after_what_it_reads_from(pipeline, tmp_path, monkeypatch):
+    order = []
+
+    def compute(config, cache, step, *arguments):
+        order.append((config.seed, step))
+        clvq.Pipeline(config, cache).call(step, *arguments).path.mkdir(parents=True)
+
+    monkeypatch.setattr(clvq, "compute", compute)
+    monkeypatch.setenv("CLVQ_WORKERS", "0")
+    fresh = clvq.Pipeline(pipeline.config.replace(seeds=2), tmp_path)
+    clvq.precompute([(run, "faithfulness") for run in fresh.over_seeds])
+    steps = [step for _, step in order]
+    assert steps[0] == "classifier" and set(steps[-2:]) == {"faithfulness"}
+    times = {"classifier": 1, "states": 2, "salience_at": 1, "initial_codebook": 4, "vqvae": 6, "faithfulness": 2}
+    assert {name: steps.count(name) for name in times} == times
+    assert steps.index("states") < steps.index("initial_codebook") < steps.index("vqvae") < steps.index("faithfulness")
 
 
 def test_seeds_computed_by_workers_are_those_computed_here(straight, fresh_cache, monkeypatch):
     monkeypatch.setenv("CLVQ_WORKERS", "2")
     made = clvq.Pipeline(clvq.configure("smoke", **{**QUICK, "epochs": 4}, seed=0, seeds=2))
-    found = made.of_seeds("measured")
+    found = made.of_seeds("training_summary")
     expected = [pd.read_parquet(straight[0] / f"{run.name}.parquet") for run in runs(2, epochs=4)]
     assert len(found) == len(expected[0]) + len(expected[1])
     parts = found.iloc[: len(expected[0])], found.iloc[len(expected[0]) :]
     for part, own in zip(parts, expected, strict=True):
         same_results(part.assign(run="a"), own.assign(run="a"))
-    assert made.has("measured") and made.over_seeds[1].has("measured")
+    assert made.is_cached("training_summary") and made.over_seeds[1].is_cached("training_summary")
 
 
 def test_what_is_measured_is_the_history_and_what_evaluation_and_protocol_give(pipeline):
-    measured, history, model = pipeline.measured, pipeline.history, pipeline.clvqvae
+    measured, history, model = pipeline.training_summary, pipeline.history, pipeline.clvqvae
     curves = measured.dropna(subset="epoch")
     table = curves.pivot(index="epoch", columns="metric", values="value").sort_index()
     expected = history.set_index("epoch").astype(float)
@@ -642,7 +691,7 @@ def test_what_is_measured_is_the_history_and_what_evaluation_and_protocol_give(p
     end = measured[measured["epoch"].isna()].set_index("metric")["value"]
     assert end.index.is_unique
     acts, source = pipeline.activations("train"), pipeline.layers[0]
-    held = clvq.split_sentences(acts, pipeline.config)[1]
+    held = clvq.split_sentences(len(acts.lengths), pipeline.config)[1]
     for name, value in clvq.evaluate(model, acts, held, pipeline.config).items():
         assert end[name] == pytest.approx(value, rel=1e-3), name
     best = history["validation_loss"].idxmin()
@@ -669,7 +718,7 @@ def test_probes_that_are_kept_are_those_that_are_trained(fresh_cache):
     for trial in (made.trial, clvq.Pipeline(made.config).trial):
         for layer in made.layers:
             assert all(torch.equal(*pair) for pair in zip(trial.probes(layer), expected[layer], strict=True))
-        assert len(list(fresh_cache.glob("probes-*/probes.safetensors"))) == 2
+        assert len(list(fresh_cache.glob("probe_weights-*/result.safetensors"))) == 2
     other = made.changed(probe_epochs=1).trial.probes(made.layers[0])
     assert not torch.equal(other[0], expected[made.layers[0]][0])
 
@@ -684,10 +733,11 @@ def test_probes_of_states_in_another_precision_are_others(pipeline):
 
 def test_the_cost_of_a_training_is_known_before_it(pipeline):
     acts, cost = pipeline.activations("train"), pipeline.cost
-    assert len(acts.tokens) <= cost["states"] <= 1.05 * len(acts.tokens)
-    assert cost["disk_mib"] == pytest.approx(cost["states"] * 7 * 384 * 2 / 2**20, rel=0.01)  # layers, width, bytes
+    fitted = clvq.split_sentences(len(acts.lengths), pipeline.config)[0]
+    assert cost["states"] == pytest.approx(len(acts.rows(fitted)), rel=0.01)  # the tokenizer may lose words
+    assert cost["disk_mib"] == pytest.approx(len(acts.tokens) * 7 * 384 * 2 / 2**20, rel=0.01)  # layers, width, bytes
     half, twice = pipeline.changed(train_share=0.5), pipeline.changed(epochs=4)
-    assert half.cost["gflop"] == pytest.approx(cost["gflop"] / 2) and twice.cost["gflop"] == pytest.approx(2 * cost["gflop"])
+    assert half.cost["gflop"] == pytest.approx(cost["gflop"] / 2, rel=0.15) and twice.cost["gflop"] == pytest.approx(2 * cost["gflop"])
 
 
 def test_a_file_that_changed_is_hashed_and_read_again(tmp_path):

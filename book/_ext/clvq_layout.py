@@ -92,7 +92,7 @@ class ConceptExplorer(SphinxDirective):
     def run(self):
         import pandas as pd
 
-        import clvq_core
+        import clvq_app
 
         path = stored(self.arguments[0])
         self.env.note_dependency(str(path))
@@ -100,7 +100,7 @@ class ConceptExplorer(SphinxDirective):
         found = [data[EXPLORER] for data in outputs if EXPLORER in data]
         if not found:
             raise self.error(f"{path.name} has no stored output of type {EXPLORER}")
-        page = clvq_core.explorer(pd.DataFrame(found[0]["concepts"]), found[0]["about"])
+        page = clvq_app.explorer_html(pd.DataFrame(found[0]["concepts"]), found[0]["about"])
         return [nodes.raw("", f'<div class="explorer">{page}</div>', format="html")]
 
 
