@@ -3516,8 +3516,9 @@ def make_study(pipeline: Pipeline, folder: Path, methods: Sequence[str], sentenc
     """The paper's human evaluation (section 4.3) as a folder that keeps apart what raters may see and what not.
 
     Each sentence, sampled evenly over TP, TN, FP and FN, and each method make an item: the words in the training text
-    with the concept of the sentence's most salient position, and their counts. Raters see ``study.json`` (`read_study`),
-    as clouds (`draw_clouds`). ``key.parquet``: item, sentence, method, concept, predicted, label, outcome.
+    with the concept of the sentence's most salient position, and their counts. Raters see ``study.json``
+    (`read_study`), as clouds (`draw_clouds`). ``key.parquet``: item, sentence, method, concept, predicted, label,
+    outcome.
     """
     compared, trial = pipeline.named(methods), pipeline.trial
     if wrong := [method.name for method in compared if method.reads != pipeline.layers[0]]:
