@@ -22,6 +22,8 @@ from hypothesis import settings
 
 import clvq_core as clvq
 
+if not torch.cuda.is_available():
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # which a CUDA build of torch brings even where there is no GPU
 torch.set_num_threads(1)  # the tests' operations are small: a second thread costs more than it saves
 
 settings.register_profile("clvq", deadline=None, derandomize=True, max_examples=50)
