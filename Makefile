@@ -99,8 +99,8 @@ $(VENV)/.bench: benchmarks/requirements.txt $(VENV)/.installed
 bench: $(VENV)/.bench ## measure steps beside what people would use instead, write book/benchmarks.md; PYTEST_ARGS='-k word'
 	@PYTHONPATH=.venv/bench $(VENV)/bin/pytest benchmarks -s $(PYTEST_ARGS)
 
-compat: ## run every notebook at smoke scale with what Colab has today, and with the lowest versions that are allowed
-	@tests/compat.sh colab lowest
+compat: $(VENV)/.installed ## try every family of models, and every notebook with what Colab has today and with the lowest versions
+	@tests/compat.sh families colab lowest
 
 fingerprints: $(VENV)/.installed ## keep the fingerprints of the steps' code, once versions are raised where results change
 	@$(VENV)/bin/python tests/fingerprints.py

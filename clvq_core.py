@@ -193,7 +193,10 @@ class LanguageModelSettings(Settings):
     prompt: str = ""
     """What a model that continues text is asked, ``{text}`` standing for the text; empty: the entry of `PROMPTS`."""
     answers: str = ""
-    """The words by which it names the classes, in their order, separated by commas; empty: the entry of `PROMPTS`."""
+    """How the model names the classes of the data, in their order, separated by commas: the words by which it answers
+    (empty: the entry of `PROMPTS`), or the names in its head where they differ from those of the data."""
+    label: str = ""
+    """Of a head that gives several labels at once, the one that is explained against the rest."""
     finetune_epochs: Count = 2
     """Passes over the training sentences."""
     finetune_learning_rate: NonNegative = 5e-5
@@ -510,6 +513,12 @@ def environment() -> dict[str, Any]:
             "date": time.strftime("%Y-%m-%d")}
 
 
+@cache
+def announce(what: str) -> None:
+    """Say on stderr, once, what was guessed or lost."""
+    tqdm.write(what, file=sys.stderr)
+
+
 def peak_memory() -> int | None:
     """Most memory this process has held, in MiB, on systems that tell."""
     try:
@@ -657,11 +666,11 @@ def check_hash(path: Path, digest: str, expected: str) -> None:
 
 @contextmanager
 def explain_failure(problem: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds become a ValueError: the problem, and the first line of the error as its reason."""
+    """Errors of these kinds become a ValueError: the problem, and the first sentence of the error as its reason."""
     try:
         yield
     except kinds as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(" .:")
+        reason = re.split(r"\n|[.!?] ", str(error).strip())[0].rstrip(" .:")
         raise ValueError(f"{problem}: {reason or type(error).__name__}") from error
 
 
@@ -930,6 +939,9 @@ PROMPTS: dict[str, tuple[str, dict[str, str]]] = {
 """The prompt for each data set (and for all others), and the answers that differ from the names of their classes."""
 
 
+Summary = Literal["first", "last", "mean"]
+
+
 @dataclass
 class LanguageModel:
     """A classifier to be explained, with its tokenizer. Made by `load_language_model`."""
@@ -944,10 +956,31 @@ class LanguageModel:
     """What a generative model is asked, with ``{text}`` where the text goes; empty for a classifier."""
     answers: Sequence[int] = ()
     """The token that begins the answer of each class."""
+    summary: Summary = "first"
+    """The position that the head reads (`find_summary`); after a prompt, the last."""
+    label: int | None = None
+    """Of a head that gives several labels at once, the one that is explained against the rest."""
 
     @property
     def n_layers(self) -> int:
-        return self.model.config.num_hidden_layers
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def n_tokens(self) -> int:
+        return getattr(self.model.config.get_text_config(), "vocab_size", sys.maxsize)
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.answers) or (self.model.config.num_labels if self.label is None else 2)
+
+    @property
+    def limit(self) -> int:
+        """The most sub-words the model takes. A table of positions with a row for padding begins after that row."""
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0
+        starts = [1 + (part.padding_idx if part.padding_idx is not None else -1) for part in self.model.modules()
+                  if isinstance(part, nn.Embedding) and part.num_embeddings == most]
+        limits = (most - max(starts, default=0), self.tokenizer.model_max_length)
+        return min(limit for limit in limits if limit > 0)
 
     @property
     def device(self) -> torch.device:
@@ -964,25 +997,36 @@ class LanguageModel:
         return sum(parameter.numel() for parameter in getattr(*self.block_list()).parameters())
 
     def block_list(self) -> tuple[nn.Module, str]:
-        """The module that owns the list of the model's blocks, and the list's name in it."""
-        for owner in self.model.base_model.modules():
+        """The module that owns the list of the model's blocks, and the list's name in it. A list may be shorter if the
+        configuration says how many groups of blocks are used several times (ALBERT)."""
+        config = self.model.config
+        several = config.get_text_config() is not config                        # a model that reads images, too
+        root = self.model.get_decoder() if several else self.model.base_model
+        sizes = {self.n_layers, getattr(config, "num_hidden_groups", self.n_layers)}
+        for owner in root.modules():
             for name, child in owner.named_children():
-                if isinstance(child, nn.ModuleList) and len(child) == self.n_layers:
+                if isinstance(child, nn.ModuleList) and len(child) in sizes:
                     return owner, name
-        raise ValueError(f"model {self.name!r} keeps its {self.n_layers} blocks in no list, so they cannot run apart")
+        raise ValueError(f"model {self.name!r} ({config.model_type}) keeps its {self.n_layers} blocks in no list, so "
+                         "they cannot run one by one: choose a model that is a plain chain of blocks")
 
-    def summary_at(self, mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
-        """Row and position of each summary in a padded batch: the first position, or the last after a prompt."""
-        return torch.arange(len(mask), device=mask.device), mask.sum(1) - 1 if self.prompt else mask.sum(1) * 0
+    def summary_mask(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        """The positions of a padded batch that the head reads."""
+        if self.summary == "mean":
+            return mask.clone()
+        at = mask.sum(1) - 1 if self.summary == "last" else mask.sum(1) * 0
+        return torch.arange(mask.shape[1], device=mask.device) == at[:, None]
 
     def logits(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B C"]:
-        """Logits of the classes for a padded batch; after a prompt, the scores of the answers' first tokens."""
+        """Logits of the classes for a padded batch; after a prompt, the scores of the answers' first tokens. One label
+        against the rest has logits 0 and the label's, whose softmax is the label's sigmoid."""
         if not self.prompt:
-            return self.model(input_ids=ids, attention_mask=mask.long()).logits.float()
+            logits = self.model(input_ids=ids, attention_mask=mask.long()).logits.float()
+            return logits if self.label is None else F.pad(logits[:, self.label, None], (1, 0))
         states = self.model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0]
-        summaries = states[self.summary_at(mask.to(states.device))]                         # (B, D)
+        summaries = states[self.summary_mask(mask.to(states.device))]                       # (B, D)
         logits = self.model.get_output_embeddings()(summaries)[:, self.answers]
-        if cap := getattr(self.model.config, "final_logit_softcapping", None):
+        if cap := getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
         return logits.float()
 
@@ -1004,7 +1048,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_pretrained(kind: str, folder: Path, name: str, **options: Any) -> Any:
-    """What the class ``kind`` of transformers makes of a folder. ValueError if the folder needs code of its own."""
+    """What the class ``kind`` of transformers makes of a folder. ValueError in one sentence if it makes nothing of it,
+    above all if the folder needs code of its own."""
     import transformers
 
     for file, key in (("config.json", "architectures"), ("tokenizer_config.json", "tokenizer_class")):
@@ -1014,8 +1059,36 @@ def load_pretrained(kind: str, folder: Path, name: str, **options: Any) -> Any:
         if "auto_map" in settings and not known:
             raise ValueError(f"model {name!r} comes with code of its own (auto_map in {file}), which never runs here: "
                              "choose a model that the package transformers knows by itself")
-    with quiet_transformers():
+    what = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer"}.get(kind, "weights")
+    with quiet_transformers(), explain_failure(f"model {name!r} has no {what} that can be loaded here", Exception):
         return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False, **options)
+
+
+def load_weights(kind: str, folder: Path, name: str, **options: Any) -> Any:
+    """A model with its weights, which are read from safetensors alone. ValueError where there are none."""
+    if not any(folder.glob("*.safetensors")):
+        held = "only as pickles, which are never read here" if any(folder.glob("*.bin")) else "in no .safetensors file"
+        raise ValueError(
+            f"model {name!r} has its weights {held}; where they can be trusted, this converts them: python -c \"import "
+            f"transformers as t; [k.from_pretrained('{folder}').save_pretrained('{folder}-safe') for k in (t.{kind}, "
+            "t.AutoTokenizer)]\"")
+    return load_pretrained(kind, folder, name, use_safetensors=True, **options)
+
+
+def merge_adapter(folder: Path, name: str, base: Path, merged: Path) -> None:
+    """Write a model with its PEFT adapter merged into its weights."""
+    import peft
+    tensors = load_file(folder / "adapter_model.safetensors")
+    heads = [len(tensor) for key, tensor in tensors.items() if re.search(r"(classifier|score|out_proj)\.weight$", key)]
+    kind = "AutoModelForSequenceClassification" if heads else "AutoModelForCausalLM"
+    own = load_pretrained("AutoConfig", folder if (folder / "config.json").exists() else base, name)
+    if heads and own.num_labels != heads[-1]:
+        own.num_labels = heads[-1]
+    model = load_weights(kind, base, name, config=own, ignore_mismatched_sizes=True)
+    with quiet_transformers(), explain_failure(f"the adapter of model {name!r} does not fit its model", Exception):
+        peft.PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(merged)
+    tokenizer = folder if any(folder.glob("tokenizer*")) else base
+    load_pretrained("AutoTokenizer", tokenizer, name).save_pretrained(merged)
 
 
 def convert_gguf(folder: Path) -> None:
@@ -1056,6 +1129,14 @@ def find_model(name: str) -> Path:
     if name == "smollm2":
         return cached_step(cache_folder() / "smollm2-1", convert_gguf, step="convert smollm2")
     if (folder := Path(name).expanduser()).is_dir():
+        if (folder / "adapter_config.json").exists():
+            base = json.loads((folder / "adapter_config.json").read_text("utf8")).get("base_model_name_or_path")
+            if not importlib.util.find_spec("peft"):
+                raise ValueError(f"model {name!r} is an adapter of {base}, which the package peft merges: "
+                                 "pip install peft")
+            files = [(path.name, hash_file(path)) for part in (folder, find_model(base)) for path in model_files(part)]
+            return cached_step(cache_folder() / f"merged-{hash_text(files)[:20]}",
+                               lambda merged: merge_adapter(folder, name, find_model(base), merged), step="merged")
         if not (folder / "config.json").exists():
             raise ValueError(f"folder {name!r} is not a model in Hugging Face format: it has no config.json")
         return folder
@@ -1073,19 +1154,22 @@ def find_model(name: str) -> Path:
 
 def continues_text(model_config: Any) -> bool:
     """Whether a model generates text, rather than being a classifier or its body."""
-    return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in model_config.architectures or [])
+    return any(kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+               for kind in model_config.architectures or [])
+
+
+def has_head(model_config: Any) -> bool:
+    """Whether a model is a classifier."""
+    return any(kind.endswith("SequenceClassification") for kind in model_config.architectures or [])
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:
-    """The model's fast tokenizer. ValueError if it has none, or no summary token where the model needs one."""
+    """The model's fast tokenizer. ValueError if it has none."""
     tokenizer = load_pretrained("AutoTokenizer", folder, name, use_fast=True)
     if not tokenizer.is_fast:
         raise ValueError(f"model {name!r} has no fast tokenizer, so its sub-words cannot be aligned with words")
-    if continues_text(load_pretrained("AutoConfig", folder, name)):
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    elif tokenizer.cls_token_id is None:
-        raise ValueError(f"model {name!r} has no summary token ([CLS]) at the start of its texts")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"model {name!r} has no tokenizer beside it: save the one that it was trained with there")
     return tokenizer
 
 
@@ -1122,33 +1206,62 @@ def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: s
 
 
 def load_language_model(name: str, label_names: Sequence[str] | None = None, seed: int = 42,
-                        asked: tuple[str, Sequence[str]] | None = None) -> LanguageModel:
+                        asked: tuple[str, Sequence[str]] | None = None, label: str = "") -> LanguageModel:
     """A model to be explained, with its tokenizer.
 
     With ``label_names`` it gets a head of these classes if it has none (random, from ``seed``). Without, it must have
-    one, or generate text and be ``asked``: a prompt with ``{text}`` in it, and an answer for each class. A generative
-    model of more than 4 GiB is in bfloat16, over all devices (by accelerate).
+    one (of several labels at once, ``label`` is explained against the rest), or generate text and be ``asked``: a
+    prompt with ``{text}`` in it, and an answer for each class. A generative model of more than 4 GiB is in bfloat16,
+    over all devices (by accelerate).
     """
     folder = find_model(name)
     config, tokenizer = load_pretrained("AutoConfig", folder, name), load_tokenizer(folder, name)
-    if continues_text(config):
-        if label_names is not None or asked is None:
-            raise ValueError(f"model {name!r} continues text and is asked by a prompt as it is: set finetune to false")
+    if asked is None:
+        labels = {} if label_names is None else {"id2label": dict(enumerate(label_names)),
+                                                 "label2id": {label: i for i, label in enumerate(label_names)}}
+        column = None if label_names else check_head(config, name, label)
+        with seeded(seed):
+            model = load_weights("AutoModelForSequenceClassification", folder, name, dtype=torch.float32,
+                                 ignore_mismatched_sizes=True, **labels)
+        if label_names:
+            model.config.problem_type = "single_label_classification"
+        lm = LanguageModel(model, tokenizer, name, label=column)
+    else:
         prompt, answers = tokenize_prompt(tokenizer, *asked, name)
         large = sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 2**32
         options = {"device_map": "auto"} if large and torch.cuda.is_available() else {}
-        model = load_pretrained("AutoModelForCausalLM", folder, name, use_safetensors=True,
-                                dtype=torch.bfloat16 if large else torch.float32, **options)
-        model.config.num_labels = len(answers)
-        return LanguageModel((model if options else model.to(best_device())).eval(), tokenizer, name, prompt, answers)
-    if label_names is None and not any(kind.endswith("SequenceClassification") for kind in config.architectures or []):
+        model = load_weights("AutoModelForCausalLM", folder, name, dtype=torch.bfloat16 if large else torch.float32,
+                             **options)
+        lm = LanguageModel(model, tokenizer, name, prompt, answers, "last")
+    if not (hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)):
+        model.to(best_device())
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= lm.n_tokens:                   # any token will do, as what stands there is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    for part in (model.config, model.config.get_text_config()):
+        part.pad_token_id = tokenizer.pad_token_id          # by which a decoder's head finds the last position
+        part.use_cache = False
+    model.eval()
+    if asked is None:
+        lm.summary = find_summary(lm)
+    return lm
+
+
+def check_head(config: Any, name: str, label: str = "") -> int | None:
+    """Which output of a model's own head is explained against the rest, if it gives several labels at once. ValueError
+    in one sentence for a model without a head, or one whose outputs are no classes."""
+    if not has_head(config):
         raise ValueError(f"model {name!r} has no classification head of its own: set finetune to true")
-    labels = {} if label_names is None else {"id2label": dict(enumerate(label_names)),
-                                             "label2id": {label: i for i, label in enumerate(label_names)}}
-    with seeded(seed):
-        model = load_pretrained("AutoModelForSequenceClassification", folder, name, dtype=torch.float32,
-                                use_safetensors=True, ignore_mismatched_sizes=True, **labels)
-    return LanguageModel(model.eval().to(best_device()), tokenizer, name)
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    if config.num_labels == 1:
+        raise ValueError(f"model {name!r} gives one number (a regression or ranking head) and no classes: choose a "
+                         "classifier, or set finetune to true for a head of the data's classes")
+    if config.problem_type != "multi_label_classification":
+        return None
+    if label not in names:
+        raise ValueError(f"model {name!r} gives several labels at once: set label to the one to explain against the "
+                         f"rest, {' or '.join(names)}" + f", not {label!r}" * bool(label))
+    return names.index(label)
 
 
 def resolve_layers(settings: ActivationSettings, n_layers: int, name: str) -> tuple[int, int]:
@@ -1180,8 +1293,7 @@ def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
     that do not see blanks get words one blank apart, so that all find the same words. Special tokens written out in a
     text are read as text.
     """
-    limit = min(config.max_tokens, lm.tokenizer.model_max_length,
-                getattr(lm.model.config, "max_position_embeddings", config.max_tokens))
+    limit = min(config.max_tokens, lm.limit)
     before, _, after = lm.prompt.partition("{text}")
     special = [token.content for token in lm.tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
@@ -1195,6 +1307,10 @@ def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
         word_ends = [0]
         for name in names:
             word_ends.append(text.index(name, word_ends[-1]) + len(name))
+        if not encoding.ids:                                                                # nothing that it reads
+            ids.append(np.array([lm.tokenizer.pad_token_id]))
+            word.append(np.array([-1]))
+            continue
         starts, ends = np.array(encoding.offsets).T - len(before)                           # characters of the text
         inside = (np.array(encoding.special_tokens_mask) == 0) & (ends > 0) & (starts < len(text)) & bool(names)
         inside[-1] &= not lm.prompt                                                         # a prompt's summary
@@ -1221,15 +1337,14 @@ def text_positions(lm: LanguageModel, encoded: Encoded, sentences: Int[Tensor, "
     """Which positions of a padded batch belong to the text: all of a plain text, words and summary of a prompt."""
     rows, mask = pad_rows(encoded.offsets, sentences)
     if lm.prompt:
-        summary, mask = lm.summary_at(mask), mask & (encoded.word[rows] >= 0)
-        mask[summary] = True
+        mask = mask & (encoded.word[rows] >= 0) | lm.summary_mask(mask)
     return mask.to(lm.device)
 
 
 @torch.no_grad()
 def predict(lm: LanguageModel, encoded: Encoded, config: Config) -> Float[Tensor, "S C"]:
     """The model's logits for every sentence."""
-    logits = torch.empty(len(encoded.words), lm.model.config.num_labels)
+    logits = torch.empty(len(encoded.words), lm.n_classes)
     for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
         with autocast(lm.device, config.inference_precision):
             logits[batch] = lm.logits(*pad_ids(lm, encoded, batch)).cpu()
@@ -1276,18 +1391,33 @@ def finetune(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], 
     return pd.DataFrame(history)
 
 
+class SharedBlock(nn.Module):
+    """One run of a block that a model uses several times."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+
 @contextmanager
-def limit_blocks(lm: LanguageModel, first: int, last: int) -> Iterator[None]:
-    """Inside, the model has only blocks first + 1 to last."""
-    (owner, name), config = lm.block_list(), lm.model.config
-    changes = [(owner, name, getattr(owner, name)[first:last]), (config, "num_hidden_layers", last - first)]
-    if kinds := getattr(config, "layer_types", None):                       # where some models look up a block's kind
+def limit_blocks(lm: LanguageModel, first: int, last: int) -> Iterator[Sequence[nn.Module]]:
+    """Inside, the model has only blocks first + 1 to last, which are given."""
+    (owner, name), config, n = lm.block_list(), lm.model.config.get_text_config(), lm.n_layers
+    blocks = getattr(owner, name)
+    changes = [(config, "num_hidden_layers", last - first)]
+    if len(blocks) < n:                                                     # each run of a shared block becomes a block
+        blocks = nn.ModuleList(SharedBlock(blocks[i * len(blocks) // n]) for i in range(n))
+        changes.append((config, "num_hidden_groups", last - first))
+    if kinds := vars(config).get("layer_types"):                            # where some models look up a block's kind
         changes.append((config, "layer_types", kinds[first:last]))
     with ExitStack() as undo:
-        for part, attribute, value in changes:
+        for part, attribute, value in [(owner, name, blocks[first:last]), *changes]:
             undo.callback(setattr, part, attribute, getattr(part, attribute))
             setattr(part, attribute, value)
-        yield
+        yield getattr(owner, name)
 
 
 NORM_AFTER_ATTENTION = {"bert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"}
@@ -1300,11 +1430,12 @@ def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Te
 
     All arithmetic is the model's own, so states put in at their layer give its logits; what its embeddings give is
     thrown away. `check_model` finds models for which this does not hold. In `NORM_AFTER_ATTENTION` the feed-forward
-    part of the last block works on the summary alone, which is all the head reads.
+    part of the last block works on the summary alone, if that is the first position and all that the head reads.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-    (owner, name), settings, states = lm.block_list(), lm.model.config, torch.empty(0)
+    (owner, _), settings, states, tokenizer = lm.block_list(), lm.model.config, torch.empty(0), lm.tokenizer
+    word = next(i for i in range(lm.tokenizer.vocab_size) if i not in tokenizer.all_special_ids)
 
     def replace_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
@@ -1312,12 +1443,13 @@ def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Te
     def logits_of(new_states: Tensor, mask: Tensor) -> Tensor:
         nonlocal states
         states = new_states.to(lm.model.base_model.dtype)
-        return lm.logits(torch.zeros_like(mask, dtype=torch.long), mask)
+        return lm.logits(torch.full_like(mask, tokenizer.pad_token_id, dtype=torch.long).masked_fill(mask, word), mask)
 
-    with limit_blocks(lm, layer, lm.n_layers), ExitStack() as undo:
-        if blocks := getattr(owner, name):
+    with limit_blocks(lm, layer, lm.n_layers) as blocks, ExitStack() as undo:
+        if blocks:
             undo.enter_context(blocks[0].register_forward_pre_hook(replace_input, with_kwargs=True))
-            if settings.model_type in NORM_AFTER_ATTENTION and not getattr(settings, "chunk_size_feed_forward", 0):
+            if (settings.model_type in NORM_AFTER_ATTENTION and lm.summary == "first"
+                    and not getattr(settings, "chunk_size_feed_forward", 0)):
                 norm = next(module for module in blocks[-1].modules() if isinstance(module, nn.LayerNorm))
                 undo.enter_context(norm.register_forward_hook(lambda _, __, states: states[:, :1]))
         else:                                                                               # only the head is left
@@ -1339,54 +1471,87 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
     def record(layer: int, output: Any) -> None:
         states[layer] = output if isinstance(output, Tensor) else output[0]
 
-    owner, name = lm.block_list()
-    blocks = getattr(owner, name)
-    with ExitStack() as undo:
+    owner, top = lm.block_list()[0], lm.n_layers
+    with limit_blocks(lm, 0, max(1, *layers)) as blocks, ExitStack() as undo:
         for layer in layers:
             if layer == 0:
                 hook = blocks[0].register_forward_pre_hook(
                     lambda _, args, kwargs: record(0, args or kwargs["hidden_states"]), with_kwargs=True)
             else:
-                module = owner if layer == lm.n_layers else blocks[layer - 1]
+                module = owner if layer == top else blocks[layer - 1]
                 hook = module.register_forward_hook(lambda _, __, output, layer=layer: record(layer, output))
             undo.enter_context(hook)
-        with limit_blocks(lm, 0, max(1, *layers)):
-            lm.model.base_model(input_ids=ids, attention_mask=mask.long())
+        lm.model.base_model(input_ids=ids, attention_mask=mask.long())
     return states
+
+
+TRIAL_TEXTS = ["The kettle works well, again.", "It's late"]
+
+
+def find_summary(lm: LanguageModel) -> Summary:
+    """Which position of a text the model's head reads, by the gradient of its logits with respect to the last states:
+    the first, the last, or the mean of all. ValueError in one sentence for anything else, or a head that cannot run
+    apart."""
+    refusal = f"model {lm.name!r} ({lm.model.config.model_type}) cannot be explained here:"
+    if lm.model.config.is_encoder_decoder:
+        raise ValueError(f"{refusal} its head reads a decoder that reads an encoder, two chains of blocks and not one")
+    lm.block_list()                                                                         # refused without one
+    with torch.random.fork_rng(), explain_failure(f"{refusal} it does not run block by block", Exception):
+        encoded = encode(lm, TRIAL_TEXTS, configure("smoke"))
+        ids, mask = pad_ids(lm, encoded, torch.arange(2))
+        if (most := int(ids.max())) >= lm.n_tokens:
+            raise IndexError(f"its tokenizer gives token {most}, and it knows {lm.n_tokens} tokens")
+        with torch.no_grad():
+            states = layer_states(lm, [lm.n_layers], ids, mask)[lm.n_layers].float()
+        if states.shape[:2] != mask.shape:
+            raise TypeError(f"{mask.shape[1]} positions become {states.shape[1]}")
+        with blocks_above(lm, lm.n_layers) as logits_of, torch.enable_grad():
+            logits = logits_of(states.requires_grad_(), mask)
+            gradient, = torch.autograd.grad((logits * torch.randn_like(logits)).sum(), states)
+    read = gradient.norm(dim=2)
+    read = (read / read.amax(1, keepdim=True)).cpu()                                        # (B, T)
+    for summary in get_args(Summary):
+        lm.summary = summary
+        if (read - lm.summary_mask(mask.cpu()).float()).abs().max() < 1e-3:
+            return summary
+    places, n = [str(position) for position, share in enumerate(read[0]) if share > 1e-3], int(mask[0].sum())
+    which = f"position {', '.join(places)} of {n}" if len(places) < n else "all positions unevenly"
+    raise ValueError(f"{refusal} its head reads {which}, and not the first, the last or the mean of all")
 
 
 @torch.no_grad()
 def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
-    """Try a model on two texts, alone and together; ValueError in one sentence if it cannot be explained.
+    """Try a model on three texts, alone and together; ValueError in one sentence if it cannot be explained.
 
-    Its ids must decode to the text, its logits must be finite and not depend on padding, and states of each of these
-    layers that are put back must give its own logits, which fails if the blocks are not a plain chain.
+    The ids of two must decode to the text, and one fills the model's limit. Logits must be finite and not depend on
+    padding, and states of each of these layers that are put back must give the model's own logits, which fails if the
+    blocks are not a plain chain.
     """
-    refusal, texts = f"model {lm.name!r} cannot be explained here:", ["The kettle works well, again.", "It's late"]
+    refusal = f"model {lm.name!r} ({lm.model.config.model_type}) cannot be explained here:"
+    lm.block_list()                                                                         # refused without one
     blank = " " if lm.sees_blanks else ""
-    encoded = encode(lm, texts, configure("smoke", max_tokens=512))
-    for text, begin, end in zip(texts, encoded.offsets, encoded.offsets[1:], strict=False):
+    encoded = encode(lm, [*TRIAL_TEXTS, " ".join(TRIAL_TEXTS * 100)], configure("smoke", max_tokens=512))
+    for text, begin, end in zip(TRIAL_TEXTS, encoded.offsets, encoded.offsets[1:], strict=False):
         ids = encoded.ids[begin:end][encoded.word[begin:end] >= 0]
         read = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         same = blank.join(text.casefold().split()) in blank.join(read.casefold().split())
         same &= lm.tokenizer(text).input_ids != lm.tokenizer(text.replace(" ", "")).input_ids
         if not (same or lm.tokenizer.backend_tokenizer.decoder is None or lm.tokenizer.unk_token_id in ids):
             raise ValueError(f"{refusal} its tokenizer reads {text!r} as {read!r}")
-    lm.block_list()                                                                         # refused without one
-    try:
-        ids, mask = pad_ids(lm, encoded, torch.arange(2))
+    with explain_failure(f"{refusal} it does not run block by block", Exception):
+        ids, mask = pad_ids(lm, encoded, torch.arange(3))
         logits = lm.logits(ids, mask)
-        alone = [lm.logits(*pad_ids(lm, encoded, torch.tensor([i]))) for i in range(2)]
+        alone = [lm.logits(*pad_ids(lm, encoded, torch.tensor([i]))) for i in range(3)]
         others = {"the texts beside a text change its logits": torch.cat(alone)}
         if lm.prompt:
-            scores = lm.model(input_ids=ids, attention_mask=mask.long()).logits[lm.summary_at(mask)].float()
+            scores = lm.model(input_ids=ids, attention_mask=mask.long()).logits[lm.summary_mask(mask)].float()
             others["it changes its scores after its last layer in an unknown way"] = scores[:, lm.answers]
         for layer in layers:
-            states = layer_states(lm, [layer], ids, mask)[layer]
+            states, width = layer_states(lm, [layer], ids, mask)[layer], lm.model.config.get_text_config().hidden_size
+            if states.shape != (*mask.shape, width):
+                raise TypeError(f"states of layer {layer} are no {width} numbers for each position")
             with blocks_above(lm, layer) as logits_of:
                 others[f"states of layer {layer} put back there do not give its logits"] = logits_of(states, mask)
-    except Exception as error:
-        raise ValueError(f"{refusal} it does not run block by block ({type(error).__name__})") from error
     if not logits.isfinite().all():
         raise ValueError(f"{refusal} its logits are not finite")
     tolerance = (1e-3 if lm.model.base_model.dtype == torch.float32 else 5e-2) * max(1.0, float(logits.abs().max()))
@@ -1399,17 +1564,22 @@ def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
 # 6 Activations
 # ======================================================================================================================
 def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
-    """One row for the summary position and for each word that has sub-words, in the order of the text.
+    """One row for the summary and for each word that has sub-words, in the order of the text.
 
     Columns: sentence, position (0 summary, words from 1), word, is_summary, first and last (sub-words, counted over all
-    sentences). ``attrs["lost"]`` counts words without sub-words: cut, dropped by the tokenizer, or merged with others.
+    sentences). A summary that is a text's last sub-word is so beside the word that it ends; one that is the mean spans
+    them all. ``attrs["lost"]`` counts words without sub-words: cut, dropped by the tokenizer, or merged with others.
     """
-    kept = encoded.word >= 0
-    kept[encoded.offsets[1:] - 1 if lm.prompt else encoded.offsets[:-1]] = True             # the summaries
     subwords = pd.DataFrame({"sentence": torch.repeat_interleave(encoded.offsets.diff()).numpy(),
-                             "position": encoded.word.numpy() + 1, "at": np.arange(len(kept))})[kept.numpy()]
-    tokens = subwords.groupby(["sentence", "position"], sort=False)["at"].agg(first="min", last="max").reset_index()
-    summary = "[END]" if lm.prompt else lm.tokenizer.cls_token
+                             "position": encoded.word.numpy() + 1, "at": np.arange(len(encoded.ids))})
+    subwords = subwords[subwords["position"] > 0]
+    words = subwords.groupby(["sentence", "position"], sort=False)["at"].agg(first="min", last="max").reset_index()
+    begin, end = encoded.offsets[:-1].numpy(), encoded.offsets[1:].numpy() - 1
+    summaries = pd.DataFrame({"sentence": np.arange(len(begin)), "position": 0,
+                              "first": end if lm.summary == "last" else begin,
+                              "last": begin if lm.summary == "first" else end})
+    tokens = pd.concat([words, summaries]).sort_values(["sentence", "first"], ignore_index=True)
+    summary = {"first": lm.tokenizer.cls_token or "[START]", "last": "[END]", "mean": "[MEAN]"}[lm.summary]
     tokens.insert(2, "word", [encoded.words[sentence][position - 1] if position else summary
                               for sentence, position in zip(tokens["sentence"], tokens["position"], strict=True)])
     tokens.insert(3, "is_summary", tokens["position"] == 0)
@@ -1438,7 +1608,7 @@ class Activations:
     """States of a corpus's words and summaries, ragged: sentence s is ``[offsets[s], offsets[s + 1])``."""
 
     states: dict[int, Float[Tensor, "N D"]]
-    """States by layer, half precision, memory-mapped, on the CPU."""
+    """States by layer, half precision (single where half does not hold them), memory-mapped, on the CPU."""
     offsets: Int[Tensor, "S+1"]
     tokens: pd.DataFrame
     """A row for each state: sentence, position, word, is_summary."""
@@ -1503,8 +1673,9 @@ class Activations:
 
 @torch.no_grad()
 def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], config: Config, folder: Path,
-            filtered: bool = True) -> Activations:
-    """States of the summary and of every word, for any layers in one pass, written to ``folder`` in half precision.
+            filtered: bool = True, number: type[np.floating] = np.float16) -> Activations:
+    """States of the summary and of every word, for any layers in one pass, written to ``folder`` in half precision,
+    or in single precision if half does not hold them.
 
     A word has the state of its last or first sub-word, or their mean. Only rows that pass the frequency filter are kept
     (``filtered``), and only blocks up to the highest layer run. ValueError for states that are not finite.
@@ -1513,14 +1684,16 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
     tokens = align_words(lm, encoded)
     lost = tokens.attrs["lost"]
     tokens = (tokens[frequency_filter(tokens, config)] if filtered else tokens).reset_index(drop=True)
-    layers, width = sorted(set(layers)), lm.model.config.hidden_size
+    layers, width = sorted(set(layers)), lm.model.config.get_text_config().hidden_size
     announce_cost(f"extracting {len(tokens):,} states of layers {', '.join(map(str, layers))}",
                   operations=2 * lm.block_weights * max(layers) / lm.n_layers * len(encoded.ids),
-                  memory=4 * lm.block_weights, disk=len(tokens) * len(layers) * width * 2)
-    files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", np.float16, (len(tokens), width))
+                  memory=4 * lm.block_weights, disk=len(tokens) * len(layers) * width * np.dtype(number).itemsize)
+    files = {layer: np.lib.format.open_memmap(folder / f"layer_{layer}.npy", "w+", number, (len(tokens), width))
              for layer in layers}
     first, last = torch.from_numpy(tokens[["first", "last"]].to_numpy().copy()).unbind(1)
     offsets = torch.from_numpy(np.searchsorted(tokens["sentence"], np.arange(len(texts) + 1)))
+    averaged = torch.from_numpy(tokens["is_summary"].to_numpy(copy=True)) & (lm.summary == "mean")
+    averaged |= config.aggregation == "mean"
     with tqdm(total=len(texts), desc="extracting", unit="sentence", mininterval=1) as bar:
         for batch in length_batches(encoded.offsets.diff(), config.batch_tokens):
             with autocast(lm.device, config.inference_precision):
@@ -1530,14 +1703,16 @@ def extract(lm: LanguageModel, texts: Sequence[str], layers: Sequence[int], conf
             shift = encoded.offsets[batch][line]
             line, begin, end = (part.to(lm.device) for part in (line, first[rows] - shift, last[rows] - shift))
             for layer, file in files.items():
-                if config.aggregation == "mean":
+                states = hidden[layer][line, begin if config.aggregation == "first" else end].float()
+                if averaged[rows].any():
                     total = F.pad(hidden[layer].double().cumsum(1), (0, 0, 1, 0))           # (B, T + 1, D) running sums
-                    states = (total[line, end + 1] - total[line, begin]) / (end + 1 - begin)[:, None]
-                else:
-                    states = hidden[layer][line, end if config.aggregation == "last" else begin]
-                if not (half := states.to(torch.float16).cpu()).isfinite().all():
-                    raise ValueError(f"states of layer {layer} of {lm.name!r} are not finite in half precision")
-                file[rows.numpy()] = half.numpy()
+                    means = (total[line, end + 1] - total[line, begin]) / (end + 1 - begin)[:, None]
+                    states = torch.where(averaged[rows][:, None].to(lm.device), means.float(), states)
+                if not states.isfinite().all():
+                    raise ValueError(f"states of layer {layer} of {lm.name!r} are not finite")
+                if number == np.float16 and states.abs().max() > torch.finfo(torch.float16).max:
+                    return extract(lm, texts, layers, config, folder, filtered, np.float32)
+                file[rows.numpy()] = states.cpu().numpy()
             bar.update(len(batch))
     for file in files.values():
         file.flush()
@@ -1581,11 +1756,11 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
 
     `integrated_gradients`, L2-normalised over the sentence, the largest over a word's sub-words, as in the authors'
     code. The baseline is the state of the same layer for another input (`salience_baseline`). The table is that of
-    `align_words` with a column salience, which is missing at the summary of a prompt.
+    `align_words` with a column salience, which is missing at a summary that is not a position of its own at the start.
     """
     encoded = encode(lm, texts, config)
     tokens = align_words(lm, encoded)
-    salience, logits = torch.zeros(len(encoded.ids)), torch.empty(len(texts), lm.model.config.num_labels)
+    salience, logits = torch.zeros(len(encoded.ids)), torch.empty(len(texts), lm.n_classes)
     batches = length_batches(encoded.offsets.diff(), max(1, config.batch_tokens // 4))
     passes = 2 * (layer + 2 * (lm.n_layers - layer) * config.salience_steps) / lm.n_layers  # there and back
     announce_cost(f"salience of {len(texts):,} texts at {config.salience_steps} points",
@@ -1617,7 +1792,7 @@ def attribute(lm: LanguageModel, texts: Sequence[str], layer: int,
             bar.update(len(batch))
     spans = np.stack([tokens["first"], tokens["last"] + 1], 1).ravel()                      # first, last + 1, first...
     tokens["salience"] = np.maximum.reduceat(np.append(salience.numpy(), -np.inf), spans)[::2]
-    if lm.prompt:
+    if lm.summary != "first":
         tokens.loc[tokens["is_summary"], "salience"] = math.nan
     return tokens, logits
 
@@ -3245,17 +3420,17 @@ def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: 
     ``edit(states, centre, pairs)`` gives names and changed states, from states and the mean summary or word state at
     each position (p, T, D), and which of the P they are (p,).
     """
-    encoded, own = encode(lm, texts, config), torch.empty(len(texts), lm.model.config.num_labels)
+    encoded, own = encode(lm, texts, config), torch.empty(len(texts), lm.n_classes)
     edited: dict[tuple, Tensor] = {}
     for batch in tqdm(length_batches(encoded.offsets.diff(), config.batch_tokens), desc="in the model", unit="batch"):
         ids, mask = pad_ids(lm, encoded, batch)
-        together, summary = max(1, config.batch_tokens // ids.shape[1]), lm.summary_at(mask)
-        positions = {"summary": torch.zeros_like(mask), "every position": text_positions(lm, encoded, batch)}
-        positions["summary"][summary] = True
+        together, summary = max(1, config.batch_tokens // ids.shape[1]), lm.summary_mask(mask)
+        positions = {"summary": summary, "every position": text_positions(lm, encoded, batch)}
         with autocast(lm.device, config.inference_precision):
             states = layer_states(lm, [layer], ids, mask)[layer].float()                    # (B, T, D)
-            middle = centres.word.to(lm.device).expand_as(states).clone()
-            middle[summary] = centres.summary.to(lm.device)
+            middle = centres.word.to(lm.device).expand_as(states)
+            if lm.summary != "mean":
+                middle = torch.where(summary[..., None], centres.summary.to(lm.device), middle)
             with blocks_above(lm, layer) as answer:
                 own[batch] = answer(states, mask).cpu()
                 lines, pairs = (batch[:, None] == sentences).nonzero(as_tuple=True)
@@ -3958,13 +4133,32 @@ def compute(config: Config, cache: Path, step: str, *arguments: Any) -> None:
 
 PROBE = names_of(ProbeSettings, without="bootstrap")
 TABLE = [*PROBE, "sae_rows", "n_codes"]
-IN_MODEL = names_of("words max_tokens batch_tokens inference_precision")
+IN_MODEL = names_of("words max_tokens batch_tokens inference_precision label")
 """Settings that many steps read: the probe's, of tables over all methods, of the language model's answers."""
 ANALYSIS = 1
 """Version of what notebooks compute from results of steps (summaries, intervals, tables)."""
 RELEASED_CHOICES: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform",
                                     "probe_stopping": "inner", **STEADY}
 """Choices of the authors that `Pipeline.ablate_released_choices` undoes one at a time, and what they become."""
+
+
+def match_classes(names: Sequence[str], head: Sequence[str], config: LanguageModelSettings) -> list[int]:
+    """Which output of a model's head stands for each class of the data: by their names, whatever their case, blanks and
+    marks; by `answers`; or by their numbers. ValueError with both lists if none of these tells."""
+    def plain(name: str) -> str:
+        return re.sub(r"[\W_]+", "", name.casefold()) or name
+
+    said = [answer.strip() for answer in config.answers.split(",")] if config.answers else names
+    known, wanted = list(map(plain, head)), list(map(plain, said))
+    numbers = [str(i) for i in range(len(head))]
+    if sorted(known) == sorted(wanted) and len(set(known)) == len(known):
+        return [known.index(name) for name in wanted]
+    if not config.answers and sorted(names) == sorted(numbers):
+        announce(f"the classes {', '.join(names)} are taken as numbers of the model's outputs {', '.join(head)}")
+        return list(map(int, names))
+    raise ValueError(
+        f"model {config.model!r} knows the classes {', '.join(head)}, and the data has {', '.join(names)}: set answers "
+        "to the model's names for these, in this order and separated by commas, or finetune to true")
 
 
 @lru_cache(maxsize=4)
@@ -4022,17 +4216,24 @@ class Pipeline:
 
     @cached_property
     def corpus(self) -> pd.DataFrame:
-        """The corpus; `load_corpus`. Its classes are in the order of a model that has a head for classes of the same
-        names."""
-        path = corpus_path(self.config.dataset)
-        corpus = read_once(self.config.subset(CorpusSettings), hash_file(path) if path and path.is_file() else "")
-        head = [str(name).casefold() for _, name in sorted((self.model_config.id2label or {}).items())]
-        names = [name.casefold() for name in corpus.attrs["label_names"]]
-        if self.config.finetune or head == names or sorted(head) != sorted(names):
+        """The corpus; `load_corpus`. Its classes are in the order of the model's own head if that is used; of a head
+        that gives several labels at once, one against the rest."""
+        path, config, model = corpus_path(self.config.dataset), self.config, self.model_config
+        corpus = read_once(config.subset(CorpusSettings), hash_file(path) if path and path.is_file() else "")
+        if config.finetune or continues_text(model):
             return corpus
-        reordered = corpus.assign(label=corpus["label"].map([head.index(name) for name in names].__getitem__))
-        reordered.attrs |= {"label_names": [corpus.attrs["label_names"][names.index(name)] for name in head],
-                            "hash": hash_text(corpus.attrs["hash"], head)}
+        names = corpus.attrs["label_names"]
+        if check_head(model, config.model, config.label) is None:
+            place = match_classes(names, [str(model.id2label[i]) for i in range(model.num_labels)], config)
+            order = [names[place.index(i)] for i in range(len(place))]
+        elif config.label not in names:
+            raise ValueError(f"label {config.label!r} is none of the classes of {config.dataset!r}, {', '.join(names)}")
+        else:
+            place, order = [int(name == config.label) for name in names], [f"not {config.label}", config.label]
+        if order == names:
+            return corpus
+        reordered = corpus.assign(label=corpus["label"].map(place.__getitem__))
+        reordered.attrs |= {"label_names": order, "hash": hash_text(corpus.attrs["hash"], place, order)}
         return reordered
 
     @cached_property
@@ -4059,23 +4260,26 @@ class Pipeline:
         return load_pretrained("AutoConfig", find_model(self.config.model), self.config.model)
 
     @property
+    def sizes(self) -> Any:
+        """The part of it that describes the blocks that read text."""
+        return self.model_config.get_text_config()
+
+    @property
     def layers(self) -> tuple[int, int]:
         """Source and target layer."""
-        return resolve_layers(self.config, self.model_config.num_hidden_layers, self.config.model)
+        return resolve_layers(self.config, self.sizes.num_hidden_layers, self.config.model)
 
     @property
     def every_layer(self) -> list[int]:
-        return list(range(self.model_config.num_hidden_layers + 1))
+        return list(range(self.sizes.num_hidden_layers + 1))
 
     @property
     def prompt(self) -> tuple[str, list[str]] | None:
         """What a model that continues text is asked, with ``{text}`` in place of the text, and its answer for each
         class."""
         config, names = self.config, self.label_names
-        if not continues_text(self.model_config):
+        if config.finetune or not continues_text(self.model_config):
             return None
-        if config.finetune:
-            raise ValueError(f"model {config.model!r} continues text and is asked as it is: set finetune to false")
         prompt, words = PROMPTS.get(self.corpus.attrs["name"], PROMPTS[""])
         answers = config.answers.split(",") if config.answers else [words.get(name, name) for name in names]
         if len(answers) != len(names):
@@ -4101,7 +4305,7 @@ class Pipeline:
         """Folder of the classifier that is explained: fine-tuned, or the model's own."""
         return self.folder("classifier") if self.config.finetune else find_model(self.config.model)
 
-    @Step(1, names_of(LanguageModelSettings, "words data_seed", without="model finetune prompt answers"),
+    @Step(1, names_of(LanguageModelSettings, "words data_seed", without="model finetune prompt answers label"),
           lambda p: [p.base_model, p.train["text"].tolist(), p.train["label"].tolist(), p.label_names], load=Path)
     def classifier(self, folder: Path) -> None:
         """The base model, fine-tuned as a classifier on the training sentences."""
@@ -4113,18 +4317,18 @@ class Pipeline:
             lm.tokenizer.save_pretrained(folder)
         history.to_parquet(folder / "history.parquet")
 
-    @Step(1, (), lambda p, *layers: [p.explained])
+    @Step(2, names_of("finetune label data_seed"), lambda p, *layers: [p.base_model, p.prompt, p.label_names])
     def door(self, source: int, target: int) -> dict[str, bool]:
-        """That the model passed `check_model` at these layers."""
-        check_model(self.load_classifier(), (source, target))
+        """That the model passed `check_model` at these layers, with a new head if it will be fine-tuned."""
+        check_model(self.load_classifier(self.config.finetune), (source, target))
         return {"passed": True}
 
-    def load_classifier(self) -> LanguageModel:
-        lm = load_language_model(str(self.model_folder), asked=self.prompt)
-        if lm.model.config.num_labels != len(self.label_names):
-            raise ValueError(f"model {self.config.model!r} knows {lm.model.config.num_labels} classes, "
-                             f"data set {self.config.dataset!r} has {len(self.label_names)}: set finetune to true")
-        lm.name = self.config.model
+    def load_classifier(self, new: bool = False) -> LanguageModel:
+        """The classifier that is explained, or the base model with a ``new`` head."""
+        config, names = self.config, self.label_names
+        folder = config.model if new else str(self.model_folder)
+        lm = load_language_model(folder, names if new else None, config.data_seed, self.prompt, config.label)
+        lm.name = config.model
         return lm
 
     @cached_property
@@ -4142,16 +4346,17 @@ class Pipeline:
 
     def check(self) -> Pipeline:
         """ValueError in one sentence, in seconds, for data, model, layers or sizes that cannot work."""
-        config, _ = self.config, self.layers
+        config, _, _ = self.config, self.layers, self.corpus
         tokenizer = load_tokenizer(find_model(config.model), config.model)
         if self.prompt:
             tokenize_prompt(tokenizer, *self.prompt, config.model)
-        if (width := self.model_config.hidden_size) % config.decoder_heads:
+        if (width := self.sizes.hidden_size) % config.decoder_heads:
             raise ValueError(f"decoder_heads must divide the width {width}, and {config.decoder_heads} does not")
         check_folds(self.test["label"].to_numpy(), config)
         if (states := self.cost["states"]) < config.n_codes:
             raise ValueError(f"n_codes={config.n_codes} is more than the {states} states that CLVQ-VAE is trained on: "
                              "lower n_codes or take more text")
+        self.folder("door", *self.layers)
         return self
 
     @cached_property
@@ -4166,7 +4371,7 @@ class Pipeline:
     def cost(self) -> dict[str, float]:
         """What training will take, before anything is computed: states it is done on, gflop, memory_mib of these,
         disk_mib of all that are kept."""
-        config, width = self.config, self.model_config.hidden_size
+        config, width = self.config, self.sizes.hidden_size
         states = int(self.expected_states[split_sentences(len(self.train), config)[0]].sum())
         layers = len(self.every_layer) if config.all_layers else 2
         weights = 2 * width**2 + config.decoder_layers * (8 * width**2 + 2 * width * config.feedforward)
@@ -4188,13 +4393,14 @@ class Pipeline:
     def states_call(self, split: Literal["train", "test"] = "train", layers: Sequence[int] = ()) -> StepCall:
         return self.call("states", split, *self.kept_layers(layers))
 
-    @Step(1, names_of(ActivationSettings, "words max_tokens data_seed", without="source_layer target_layer all_layers"),
+    @Step(1, names_of(ActivationSettings, "words max_tokens data_seed label",
+                      without="source_layer target_layer all_layers"),
           lambda p, split, *_: [p.explained, p.prompt, getattr(p, split)["text"].tolist()], load=Activations.load)
     def states(self, split: str, *layers: int, folder: Path) -> None:
         texts = getattr(self, split)["text"].tolist()
         extract(self.language_model, texts, layers, self.config, folder, split == "train")
 
-    @Step(1, names_of(SalienceSettings, "words max_tokens batch_tokens inference_precision"),
+    @Step(1, names_of(SalienceSettings, "words max_tokens batch_tokens inference_precision label"),
           lambda p, *_: [p.explained, p.prompt])
     def salience_at(self, layer: int, texts: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Salience of every position of these texts at a layer, and the classifier's logits; `attribute`."""

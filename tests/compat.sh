@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Runs every notebook at smoke scale, by its Colab cell, in throw-away environments: tests/compat.sh colab lowest
+# Tries every family of models that transformers has, and runs every notebook at smoke scale, by its Colab cell, in throw-away
+# environments: tests/compat.sh families colab lowest
+#   families  in the environment that `make test` uses; writes book/families.csv
 #   colab   what Colab's CPU image has (August 2026), and nothing besides but what the cell installs
 #   lowest  the lowest versions that pyproject.toml allows, with what else notebooks need
 # Needs Python 3.13 (colab) and 3.11 (lowest), a registry, and some GB: there, torch comes with CUDA. Not run by `make test`.
@@ -44,11 +46,15 @@ for line in lines:
     print(re.sub(r">=([\w.]+).*", r"==\1", line))
 PY
         ;;
-    *) echo "there is no environment $1: colab or lowest" >&2; exit 2 ;;
+    *) echo "there is no environment $1: families, colab or lowest" >&2; exit 2 ;;
     esac
 }
 
 for kind in "$@"; do
+    if [ "$kind" = families ]; then
+        OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -p no:cacheprovider tests/every_family.py
+        continue
+    fi
     python=${PYTHON:-}
     [ "$kind" = colab ] && python=${PYTHON_COLAB:-python3.13}
     [ "$kind" = lowest ] && python=${PYTHON_LOWEST:-python3.11}

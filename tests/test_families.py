@@ -5,6 +5,8 @@ import copy
 import dataclasses
 import io
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -373,18 +375,30 @@ def test_a_model_whose_blocks_are_no_plain_chain_is_refused(refused, tmp_path, l
         clvq.check_model(lm, [layer])
 
 
-@pytest.mark.parametrize("family, part", [("Albert", "blocks"), ("FNet", "FNet")])
-def test_a_model_that_cannot_run_in_parts_is_refused(refused, tmp_path, family, part):
-    lm = clvq.load_language_model(save_encoder(tmp_path / "FNet", family, "unigram"))
-    with refused(part):
+def test_a_model_whose_texts_change_each_other_is_refused(refused, tmp_path):
+    lm = clvq.load_language_model(save_encoder(tmp_path, "FNet", "unigram"))
+    with refused("(fnet)", "beside a text"):
         clvq.check_model(lm, [1])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_blocks_that_are_used_several_times_run_one_by_one(tmp_path, groups):
+    lm = clvq.load_language_model(save_encoder(tmp_path, "Albert", "unigram", num_hidden_groups=groups, num_hidden_layers=4))
+    clvq.check_model(lm, range(5))
+    encoded = clvq.encode(lm, TEXTS, setup())
+    ids, mask = clvq.pad_ids(lm, encoded, torch.arange(len(TEXTS)))
+    with torch.no_grad():
+        expected = lm.model.base_model(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+        for layer, states in clvq.layer_states(lm, range(5), ids, mask).items():
+            torch.testing.assert_close(states[mask], expected[layer][mask], rtol=0, atol=1e-5)
+    assert len(getattr(*lm.block_list())) == groups
 
 
 def test_a_model_that_fails_when_it_runs_is_refused_with_its_name(refused, tmp_path, monkeypatch):
     lm = clvq.load_language_model(save_encoder(tmp_path, "Bert", "wordpiece"))
     for error in (ValueError("You must\nspecify. More"), IndexError("out of range")):
         monkeypatch.setattr(lm.model, "forward", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
-        with refused(str(tmp_path), type(error).__name__):
+        with refused(str(tmp_path), str(error).partition("\n")[0].rstrip(".")):
             clvq.check_model(lm, [1])
 
 
@@ -420,6 +434,195 @@ def test_code_in_a_models_folder_never_runs_even_if_yes_stands_on_standard_input
     assert not trace.exists()
 
 
+# --- what the head reads ------------------------------------------------------------------------------------------
+
+
+def save_classifier(folder: Path, family: str, tokenizer: str, decoder: bool = False, **sizes: object) -> str:
+    """A tiny classifier of any family; the folder's name."""
+    trained = trained_tokenizer(tokenizer, decoder)
+    config = getattr(transformers, f"{family}Config")(**sizes, vocab_size=len(trained) + 8, bos_token_id=2, eos_token_id=3)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
+    model.save_pretrained(folder)
+    trained.save_pretrained(folder)
+    return str(folder)
+
+
+HEADS = {
+    "Bert": ("wordpiece", False, dict(**SMALL, pad_token_id=1), "first"),
+    "ModernBert": ("byte-level", False, dict(ENCODERS["ModernBert"][1], classifier_pooling="mean", pad_token_id=1), "mean"),
+    "GPT2": ("byte-level", True, dict(DECODERS["GPT2"][1], pad_token_id=1), "last"),
+    "Llama": ("sentencepiece", True, dict(GROUPED, pad_token_id=None), "last"),
+    "Qwen3": ("split", True, dict(DECODERS["Qwen3"][1], pad_token_id=3), "last"),
+    "Gemma": ("byte-level", True, dict(GROUPED, head_dim=8, pad_token_id=0), "last"),
+}
+
+
+@pytest.fixture(scope="module", params=[*HEADS])
+def head(request, tmp_path_factory) -> tuple[clvq.LanguageModel, str]:
+    kind, decoder, sizes, summary = HEADS[request.param]
+    return clvq.load_language_model(save_classifier(tmp_path_factory.mktemp("head"), request.param, kind, decoder, **sizes)), summary
+
+
+def test_the_summary_is_what_the_head_reads(head, tmp_path):
+    lm, summary = head
+    assert lm.summary == summary
+    clvq.check_model(lm, range(4))
+    acts = clvq.extract(lm, TEXTS, [3], setup(), tmp_path, filtered=False)
+    encoded = clvq.encode(lm, TEXTS, setup())
+    own = clvq.predict(lm, encoded, setup())
+    with clvq.blocks_above(lm, 3) as logits_of, torch.no_grad():  # one position, the summary, is all that the head needs
+        alone = logits_of(acts.states[3][acts.summary_rows].float()[:, None], torch.ones(len(TEXTS), 1, dtype=torch.bool))
+    torch.testing.assert_close(alone, own, rtol=0, atol=0.05)  # states are kept in half precision
+    assert (acts.tokens.groupby("sentence")["is_summary"].sum() == 1).all()
+    tokens = clvq.align_words(lm, encoded)
+    assert tokens.groupby("sentence")["first"].is_monotonic_increasing.all()
+    ends = encoded.offsets[1:].numpy() - 1
+    summaries = tokens[tokens["is_summary"]]
+    np.testing.assert_array_equal(summaries["last"], encoded.offsets[:-1] if summary == "first" else ends)
+
+
+def test_salience_and_edits_follow_what_the_head_reads(head):
+    lm, summary = head
+    tokens, logits = clvq.attribute(lm, TEXTS, 1, setup())
+    assert (tokens["salience"].isna() == (tokens["is_summary"] & (summary != "first"))).all()
+    torch.testing.assert_close(logits, clvq.predict(lm, clvq.encode(lm, TEXTS, setup()), setup()), rtol=0, atol=1e-4)
+    centres = clvq.Centres(*torch.randn(3, 32))
+    everywhere = {}
+
+    def edit(states, centre, pairs):
+        everywhere["centre"] = centre
+        return [(("gone",), torch.zeros_like(states))]
+
+    sentences = torch.arange(len(TEXTS))
+    own, edited = clvq.answer_edited(lm, TEXTS, 3, centres, sentences, edit, setup())
+    torch.testing.assert_close(own, logits, rtol=0, atol=1e-4)
+    # above the last layer nothing but the summary is read, so that changing it alone is changing all
+    torch.testing.assert_close(edited["gone", "summary"], edited["gone", "every position"], rtol=0, atol=1e-5)
+    at_summary = (everywhere["centre"][0] == centres.summary).all(1).sum()
+    assert at_summary == (summary != "mean")
+
+
+def test_a_head_that_reads_something_else_is_refused(refused, tmp_path):
+    with refused("(bart)", "encoder"):
+        clvq.load_language_model(save_classifier(
+            tmp_path / "bart", "Bart", "byte-level", d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=80, pad_token_id=1))  # fmt: skip
+    lm = clvq.load_language_model(save_encoder(tmp_path / "bert", "Bert", "wordpiece"))
+    pool = lm.model.bert.pooler.forward
+    lm.model.bert.pooler.forward = lambda states: pool(states) + states[:, 2]
+    with refused("position 0, 2 of"):
+        clvq.find_summary(lm)
+
+
+def test_heads_without_one_answer_are_refused_and_one_label_of_several_is_explained(refused, tmp_path):
+    with refused("one number"):
+        clvq.load_language_model(save_encoder(tmp_path / "one", "Bert", "wordpiece", num_labels=1))
+    folder = save_encoder(tmp_path / "several", "Bert", "wordpiece", problem_type="multi_label_classification",
+                          id2label={0: "sport", 1: "money", 2: "art"})  # fmt: skip
+    with refused("set label", "sport or money or art"):
+        clvq.load_language_model(folder)
+    with refused("not 'music'"):
+        clvq.load_language_model(folder, label="music")
+    lm = clvq.load_language_model(folder, label="money")
+    encoded = clvq.encode(lm, TEXTS, setup())
+    with torch.no_grad():
+        chance = lm.model(*clvq.pad_ids(lm, encoded, torch.arange(len(TEXTS)))).logits[:, 1].sigmoid()
+    torch.testing.assert_close(clvq.predict(lm, encoded, setup()).softmax(1)[:, 1], chance, rtol=0, atol=1e-5)
+    clvq.check_model(lm, [1, 3])
+    new = clvq.load_language_model(folder, ["a", "b"])  # which fine-tuning gives a head of its own
+    assert new.n_classes == 2 and new.model.config.problem_type == "single_label_classification"
+
+
+def test_texts_are_cut_to_the_positions_that_the_model_has(tmp_path):
+    folder = save_encoder(tmp_path, "Roberta", "byte-level", max_position_embeddings=50)
+    trained = transformers.AutoTokenizer.from_pretrained(folder)
+    trained.model_max_length = 10**30
+    trained.save_pretrained(folder)
+    lm = clvq.load_language_model(folder)
+    assert lm.limit == 48  # positions begin after the row for padding
+    clvq.check_model(lm, [1])
+    assert max(clvq.encode(lm, [CASES["longer than the model"]], clvq.configure("smoke")).offsets.diff()) == 48
+
+
+# --- weights and tokenizers -----------------------------------------------------------------------------------------
+
+
+def test_pickles_are_not_read_and_the_command_that_converts_them_works(refused, tmp_path):
+    folder = save_encoder(tmp_path / "model", "Bert", "wordpiece")
+    torch.save(clvq.load_file(Path(folder, "model.safetensors")), Path(folder, "pytorch_model.bin"))
+    Path(folder, "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="only as pickles") as caught:
+        clvq.load_language_model(folder)
+    command = str(caught.value).partition('python -c "')[2].rstrip('"')
+    subprocess.run([sys.executable, "-c", command], check=True, capture_output=True)
+    clvq.check_model(clvq.load_language_model(f"{folder}-safe"), [1])
+
+
+def test_folders_that_lack_something_say_what(refused, tmp_path):
+    folder = Path(save_encoder(tmp_path / "model", "Bert", "wordpiece"))
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with refused("tokenizer"):
+        clvq.load_language_model(str(folder))
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    save_encoder(tmp_path / "other", "Bert", "wordpiece")
+    shutil.copy(tmp_path / "other" / "tokenizer.json", folder)
+    shutil.copy(tmp_path / "other" / "tokenizer_config.json", folder)
+    with refused("no weights that can be loaded"):
+        clvq.load_language_model(str(folder))
+    (folder / "config.json").write_text('{"model_type": "no-such-model"}')
+    with refused("no configuration that can be loaded"):
+        clvq.load_language_model(str(folder))
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    with refused("some/base"):  # whether the package is there or not
+        clvq.load_language_model(str(folder))
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize("decoder", [True, False])
+def test_an_adapter_is_merged_into_its_model(tmp_path, decoder, with_config):
+    peft = pytest.importorskip("peft")
+    kind, sizes = ("Llama", dict(GROUPED, pad_token_id=None)) if decoder else ("Bert", dict(SMALL, pad_token_id=1))
+    base = save_classifier(tmp_path / "base", kind, "sentencepiece" if decoder else "wordpiece", decoder, **sizes)
+    labels = {"id2label": dict(enumerate("abc")), "label2id": {"a": 0, "b": 1, "c": 2}}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, ignore_mismatched_sizes=True, **labels)
+    options = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"] if decoder else ["query"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, options)
+    adapted.save_pretrained(tmp_path / "adapter")
+    if with_config:
+        model.config.save_pretrained(tmp_path / "adapter")
+    lm = clvq.load_language_model(str(tmp_path / "adapter"))
+    ids, mask = clvq.pad_ids(lm, encoded := clvq.encode(lm, TEXTS, setup()), torch.arange(len(TEXTS)))
+    adapted.eval().base_model.model.config.pad_token_id = lm.tokenizer.pad_token_id
+    with torch.no_grad():
+        expected = adapted(input_ids=ids, attention_mask=mask.long()).logits
+    torch.testing.assert_close(clvq.predict(lm, encoded, setup()), expected, rtol=0, atol=1e-4)
+    assert lm.n_classes == 3 and (lm.model.config.id2label[2] == "c") == with_config
+    clvq.check_model(lm, [1, 3])
+
+
+def test_a_tokenizer_of_another_model_is_refused(refused, tmp_path):
+    folder = Path(save_encoder(tmp_path, "Bert", "wordpiece"))
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 40}
+    transformers.BertForSequenceClassification(transformers.BertConfig(**config)).save_pretrained(folder)
+    with refused("it knows 40 tokens"):
+        clvq.load_language_model(str(folder))
+
+
+def test_states_beyond_half_precision_are_kept_in_single(tmp_path):
+    lm = clvq.load_language_model(save_encoder(tmp_path / "model", "Bert", "wordpiece"))
+    lm.model.bert.embeddings.LayerNorm.weight.data[3] = 1e6
+    (tmp_path / "states").mkdir()
+    acts = clvq.extract(lm, TEXTS, [0], setup(), tmp_path / "states", filtered=False)
+    assert acts.states[0].dtype == torch.float32 and acts.states[0].abs().max() > 1e5
+    lm.model.bert.embeddings.LayerNorm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        clvq.extract(lm, TEXTS, [0], setup(), tmp_path / "states", filtered=False)
+
+
 # --- what a prompt can have wrong ---------------------------------------------------------------------------------
 
 
@@ -431,7 +634,7 @@ def test_code_in_a_models_folder_never_runs_even_if_yes_stands_on_standard_input
         (("Review: Answer:", ["dull", "fine"]), "{text}"),
         (("Is it good? {text}", ["dull", "fine"]), "after {text}"),
         (("Is it good? {text} \n", ["dull", "fine"]), "after {text}"),
-        (None, "continues text"),
+        (None, "no classification head"),
     ],
 )
 def test_what_cannot_be_asked_is_said_in_one_sentence(family, refused, asked, part):
@@ -440,9 +643,12 @@ def test_what_cannot_be_asked_is_said_in_one_sentence(family, refused, asked, pa
 
 
 @pytest.mark.parametrize("family", ["Llama"], indirect=True)
-def test_a_model_that_continues_text_is_not_fine_tuned(family, refused):
-    with refused("finetune"):
-        clvq.load_language_model(str(family[1]), ["a", "b"])
+def test_a_model_that_continues_text_is_fine_tuned_by_its_last_position(family):
+    lm = clvq.load_language_model(str(family[1]), ["a", "b"])
+    assert lm.summary == "last" and not lm.prompt
+    clvq.check_model(lm, [1, 3])
+    losses = clvq.finetune(lm, TEXTS * 8, torch.arange(40) % 2, setup(finetune_batch=8, finetune_epochs=1))["loss"]
+    assert losses.notna().all()
 
 
 @pytest.mark.parametrize("family", ["Llama"], indirect=True)
@@ -461,7 +667,6 @@ def test_what_is_kept_of_one_prompt_is_not_taken_for_another(family, tmp_path):
 @pytest.mark.parametrize(
     "settings, part",
     [
-        (dict(finetune=True), "finetune"),
         (dict(finetune=False, answers="bad"), "answers must be one for each of negative, positive"),
         (dict(finetune=False, answers="dull, dull film"), "same token"),
         (dict(finetune=False, prompt="Is it good?"), "{text}"),

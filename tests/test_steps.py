@@ -55,7 +55,7 @@ def test_fingerprints_follow_methods_and_ignore_words(tmp_path):
     assert not changed_fingerprints(tmp_path, "# squares of what lies near 0 do not cancel", "# otherwise they would cancel")
     assert not changed_fingerprints(tmp_path, "operations > 1e12", "operations > 1e13")
     assert {"states", "salience_at", "classifier"} <= changed_fingerprints(
-        tmp_path, "len(child) == self.n_layers", "len(child) >= self.n_layers"
+        tmp_path, "len(child) in sizes", "len(child) >= self.n_layers"
     )
     assert {"vqvae", "initial_codebook"} & changed_fingerprints(
         tmp_path, "nn.init.eye_(self.linear.weight)", "nn.init.zeros_(self.linear.weight)"
