@@ -57,13 +57,15 @@ def join_pairs(words: Iterable[str]) -> list[str]:
     return joined
 
 
-def read_pairs(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """Names with their values, which are read as numbers, true, false or none where they look like one."""
+def read_pairs(pairs: Sequence[str] | None, texts: Iterable[str] = ()) -> dict[str, Any]:
+    """Names with their values, which are read as numbers, true, false or none where they look like one, except
+    ``texts``."""
     if bare := [pair for pair in pairs or () if "=" not in pair]:
         raise ValueError(f"{bare[0]!r} has no value: {', '.join(PAIRED)} take a name and a value, such as -p seed 1")
     from clvq_core import parse_value
 
-    return {name: parse_value(name, value) for name, _, value in (pair.partition("=") for pair in pairs or ())}
+    return {name: value if name in texts else parse_value(name, value)
+            for name, _, value in (pair.partition("=") for pair in pairs or ())}
 
 
 class Commands(TyperGroup):
@@ -145,7 +147,8 @@ def run(
       clvq run notebooks/*.ipynb --scale laptop --output runs/seed1 -p seed 1
       clvq run notebooks/01_method.ipynb -p dataset reviews.csv -p text_column body -p label_column stars
     """
-    values = read_pairs(parameters)
+    values = read_pairs(parameters, {name for path in notebooks for name, kind in parameters_of(path).items()
+                                     if kind == "str"})
     if len(notebooks) > 1 and output.suffix == ".ipynb":
         raise ValueError("--output must be a folder when several notebooks are run")
     for path in notebooks:                                                      # all of them before the first long run
@@ -445,16 +448,30 @@ def notebook_key(path: Path) -> str:
     return core.hash_text(["".join(cell["source"]) for cell in cells], core.step_versions())
 
 
-def check_parameters(path: Path, scale: str | None, parameters: Mapping[str, Any]) -> None:
-    """ValueError in one sentence if a notebook cannot run like this: parameter, value, data, model or layer that does
-    not exist."""
+def parameters_of(path: Path) -> dict[str, str]:
+    """A notebook's parameters and their types, such as "str" or "None" where it says none. ValueError without one."""
     import papermill
-
-    import clvq_core as core
 
     if path.suffix != ".ipynb" or not path.is_file():
         raise ValueError(f"there is no notebook {str(path)!r}")
-    known = papermill.inspect_notebook(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        content = json.loads(path.read_text("utf8"))
+        content["metadata"] = content.get("metadata", {}) | PYTHON
+        copy.write_text(json.dumps(content), "utf8")
+        return {name: about["inferred_type_name"] for name, about in papermill.inspect_notebook(str(copy)).items()}
+
+
+PYTHON = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+"""The kernel that notebooks run with, whatever they name: this environment's."""
+
+
+def check_parameters(path: Path, scale: str | None, parameters: Mapping[str, Any]) -> None:
+    """ValueError in one sentence if a notebook cannot run like this: parameter, value, data, model or layer that does
+    not exist."""
+    import clvq_core as core
+
+    known = parameters_of(path)
     if unknown := [name for name in parameters if name not in known]:
         raise ValueError(f"notebook {path.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
     settings = {name: value for name, value in parameters.items() if name in core.Config.model_fields}
@@ -503,7 +520,8 @@ def run_notebook(path: Path, output: Path, scale: str | None = None, parameters:
             for last in (False, True):
                 try:
                     papermill.execute_notebook(str(path), str(result), parameters, stderr_file=sys.stderr,
-                                               progress_bar=False, execution_timeout=timeout, start_timeout=120)
+                                               progress_bar=False, execution_timeout=timeout, start_timeout=120,
+                                               kernel_name="python3", language="python")
                     break
                 except (RuntimeError, TimeoutError) as error:
                     ran = result.exists() and any(c.get("execution_count") for c in nbformat.read(result, 4).cells)

@@ -27,8 +27,12 @@ are in clvq_app.py.
 # ======================================================================================================================
 from __future__ import annotations
 
+import bz2
+import codecs
 import copy
+import csv
 import difflib
+import gzip
 import hashlib
 import html
 import importlib.metadata
@@ -37,6 +41,7 @@ import inspect
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import platform
@@ -51,6 +56,7 @@ import threading
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -61,6 +67,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, Typ
 
 import numpy as np
 import pandas as pd
+import regex
 import scipy
 import torch
 import torch.nn.functional as F
@@ -165,8 +172,8 @@ class CorpusSettings(Settings):
     """Which text. Paper: section 3."""
 
     dataset: str = "movies"
-    """``movies``, ``news``; a .csv, .tsv, .jsonl or .parquet file; ``owner/name`` on the Hub; or one of the paper's:
-    ``eraser-movie`` and ``ag_news``, from the Hub or as ``ag_news:PATH``, and ``jigsaw:PATH``."""
+    """``movies``, ``news``; a file (.csv, .tsv, .jsonl, .json, .parquet); ``owner/name`` on the Hub; or one of the
+    paper's: ``eraser-movie`` and ``ag_news``, from the Hub or as ``ag_news:PATH``, and ``jigsaw:PATH``."""
     text_column: str = "text"
     """Column of a file or Hub data set that holds the text."""
     label_column: str = "label"
@@ -176,7 +183,8 @@ class CorpusSettings(Settings):
     test_sentences: Count = 856
     """Evaluation sentences to keep, at most a fifth of the rows unless the file has a `split` column (paper: 856)."""
     max_words: Count = 299
-    """Longer texts are dropped (the authors' code drops 300 words or more)."""
+    """Longer texts are cut to so many words; those of the paper's corpora and the embedded ones are dropped (the
+    authors' code drops 300 words or more)."""
     words: Literal["unicode", "whitespace"] = "unicode"
     """Letters and digits with inner apostrophes and hyphens, and single marks; or what blanks separate (authors)."""
     data_seed: int = 42
@@ -694,64 +702,208 @@ def read_news() -> pd.DataFrame:
 
 
 EMBEDDED = {"movies": read_movies, "news": read_news}
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {                          # a class may be called None or NA
-    ".csv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[""]),
-    ".tsv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[""], sep="\t"),
-    ".jsonl": lambda path: pd.read_json(path, lines=True), ".parquet": pd.read_parquet,
-}
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+SUFFIXES_OF_FILES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".parquet")
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zip": zipfile.ZipFile}
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A table from a file, which may be gzipped. (`datasets` would keep a copy, and hide what is wrong in it.)"""
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if not path.is_file() or suffix not in READERS:
+def read_text(path: Path, notes: list[str]) -> str:
+    """The text of a file, which may be compressed; an encoding other than UTF-8 is guessed and noted."""
+    raw = OPENERS.get(path.suffix.lower(), open)(path, "r" if path.suffix.lower() == ".zip" else "rb")
+    with raw as file:
+        data = file.read(file.namelist()[0]) if isinstance(file, zipfile.ZipFile) else file.read()
+    marks = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    for mark, encoding in marks.items():
+        if data.startswith(mark):
+            return data.decode(encoding).removeprefix("\ufeff")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        import charset_normalizer
+        guesses = charset_normalizer.from_bytes(data)                           # the best first
+        western = any("cp1252" in guess.could_be_from_charset and guess.chaos < 0.15 for guess in guesses)
+        encoding = "cp1252" if western or not guesses else guesses[0].encoding
+        notes.append(f"read as {encoding}")
+        return data.decode(encoding, "replace")
+
+
+def parse_rows(text: str, separator: str, quoting: Literal[0, 3]) -> list[list[str]]:
+    """The rows of a table in a text. Empty fields after the last column are left out."""
+    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting) if row]
+    width = len(rows[0]) if rows else 0
+    return [row[:width] if not any(row[width:]) else row for row in rows]
+
+
+def parse_table(text: str, columns: Sequence[str], notes: list[str]) -> pd.DataFrame:
+    """A table from separated values. The separator is the one that makes a header with these columns, else the one that
+    makes the most of it; marks that open a quotation and do not close it are text."""
+    header = text.lstrip().partition("\n")[0]
+    parts = {separator: [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+             for separator in SEPARATORS}
+    separator = max(parts, key=lambda separator: (len(set(columns) & set(parts[separator])), len(parts[separator])))
+    if separator != ",":
+        notes.append(f"read as separated by {SEPARATORS[separator]}")
+    csv.field_size_limit(2**31 - 1)
+    rows = parse_rows(text, separator, csv.QUOTE_MINIMAL)
+    if any(len(row) != len(rows[0]) for row in rows):
+        plain = parse_rows(text, separator, csv.QUOTE_NONE)
+        if all(len(row) == len(plain[0]) for row in plain):
+            notes.append("quotation marks read as text")
+            rows = plain
+    if not rows:
+        raise ValueError("it is empty")
+    if wrong := next((i for i, row in enumerate(rows) if len(row) != len(rows[0])), 0):
+        raise ValueError(f"row {wrong} has {len(rows[wrong])} fields and the header {len(rows[0])}")
+    frame = pd.DataFrame(rows[1:], columns=[name.strip() for name in rows[0]]).replace("", None)
+    for name in frame.columns.difference([*columns]) if frame.columns.is_unique else ():
+        with suppress(ValueError, TypeError):
+            frame[name] = pd.to_numeric(frame[name])
+    return frame
+
+
+def parse_json(text: str) -> pd.DataFrame:
+    """A table from JSON: a list of objects, or an object in each line."""
+    stripped = text.strip()
+    records = json.loads(stripped) if stripped.startswith("[") else [json.loads(line) for line in stripped.split("\n")
+                                                                      if line.strip()]
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise ValueError("it holds no objects with names and values")
+    return pd.DataFrame(records, dtype=object)
+
+
+def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A table from a file, which may be compressed; ``attrs["notes"]`` says what was guessed. (`datasets` would keep a
+    copy, and hide what is wrong in it.)"""
+    suffix, notes = (path.with_suffix("") if path.suffix.lower() in OPENERS else path).suffix.lower(), list[str]()
+    if not path.is_file() or suffix not in SUFFIXES_OF_FILES:
         raise ValueError(f"unknown data set {str(path)!r}: choose {', '.join((*EMBEDDED, *PUBLISHED))}, "
-                         f"an existing file of {', '.join(READERS)}, or owner/name of a data set on the Hub")
+                         f"an existing file of {', '.join(SUFFIXES_OF_FILES)}, or owner/name of a data set on the Hub")
     with explain_failure(f"{path} cannot be read as {suffix[1:]}", Exception):
-        return READERS[suffix](path)
+        if suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        elif suffix in (".csv", ".tsv", ".txt"):
+            frame = parse_table(read_text(path, notes), columns, notes)
+        else:
+            frame = parse_json(read_text(path, notes))
+    if repeated := frame.columns[frame.columns.duplicated()].tolist():
+        raise ValueError(f"{path} has two columns named {repeated[0]!r}")
+    frame.attrs["notes"] = notes
+    return frame
 
 
-def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation")) -> pd.DataFrame:
+def read_hub(name: str, revision: str | None = None, tests: Sequence[str] = ("test", "validation"),
+             label_column: str = "label") -> pd.DataFrame:
     """A data set from a folder or the Hub (``owner/name`` or ``owner/name:configuration``), classes by their names:
-    train and the first of ``tests`` that exists, with a column split; without these two, the first split alone."""
+    train and the first of ``tests`` that has labels, with a column split; without these two, the first split alone."""
     import datasets
     location, _, configuration = name.partition(":")
     datasets.disable_progress_bars()
     with explain_failure(f"{name!r} is not a file, and cannot be loaded as a data set from a folder or the Hub "
                          "(if it is gated, log in with hf auth login)", Exception):
-        if Path(location).is_dir():
-            data_files = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
-            for file in itertools.chain.from_iterable(data_files.values()):
-                if not Path(os.path.abspath(file)).is_relative_to(Path(location).resolve()):
-                    raise ValueError(f"its README names {file}, which lies outside the folder")
-        splits = datasets.load_dataset(location, configuration or None, revision=revision)
-    test = next((split for split in tests if split in splits), "")
-    parts = []
-    for split in ("train", test) if test and "train" in splits else list(splits)[:1]:
-        part = splits[split].to_pandas()
-        for column, feature in splits[split].features.items():
+        if any((Path(location) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(location)
+            splits = saved if isinstance(saved, dict) else {"train": saved}
+        else:
+            if Path(location).is_dir():
+                data_files = datasets.load_dataset_builder(location, configuration or None).config.data_files or {}
+                for file in itertools.chain.from_iterable(data_files.values()):
+                    if not Path(os.path.abspath(file)).is_relative_to(Path(location).resolve()):
+                        raise ValueError(f"its README names {file}, which lies outside the folder")
+            splits = datasets.load_dataset(location, configuration or None, revision=revision)
+    frames = {}
+    for split, part in splits.items():
+        frames[split] = part.to_pandas()
+        for column, feature in part.features.items():
             if isinstance(feature, datasets.ClassLabel):                        # -1 where the class is not known
-                part[column] = part[column].map(dict(enumerate(feature.names)))
-        parts.append(part.assign(split="train" if split == "train" else "test") if test else part)
-    return pd.concat(parts, ignore_index=True)
+                frames[split][column] = frames[split][column].map(dict(enumerate(feature.names)))
+
+    def labelled(split: str) -> bool:
+        frame = frames.get(split)
+        return frame is not None and (label_column not in frame or bool(frame[label_column].notna().any()))
+
+    test = next(filter(labelled, tests), "") if "train" in frames else ""
+    chosen = ["train", test] if test else list(frames)[:1]
+    parts = [frames[split].assign(**{"split": "train" if split == "train" else "test"} if test else {})
+             for split in chosen]
+    frame = pd.concat(parts, ignore_index=True)
+    others = [split for split in tests[:1] if test and split in frames and split != test]
+    frame.attrs["notes"] = [f"split {split} has no labels, so {test} is evaluated" for split in others]
+    return frame
+
+
+def plain_labels(labels: pd.Series, name: str, notes: list[str]) -> pd.Series:
+    """Labels as text, or all as whole numbers: numbers without ".0", and one spelling where only case or blanks differ,
+    the most frequent; what was joined is noted. ValueError for labels that are lists or objects."""
+    known = labels.dropna().astype(object)
+    if known.map(lambda label: isinstance(label, dict)).any():
+        raise ValueError(f"{name} has labels that are objects: name the part that is the class, such as label.name")
+    if known.map(lambda label: isinstance(label, list | tuple | np.ndarray)).any():
+        raise ValueError(f"{name} has labels that are lists: give each row one class")
+    known = known.map(lambda label: label.decode("utf8", "replace") if isinstance(label, bytes) else label)
+    text = known.map(str).str.strip()
+    known, text = known[text != ""], text[text != ""]
+    numbers = pd.to_numeric(text, errors="coerce")
+    if len(known) and not known.map(lambda label: isinstance(label, bool)).any() and (numbers % 1 == 0).all():
+        if not (text == numbers.astype(int).astype(str)).all():
+            notes.append(f"labels such as {known.iloc[0]} taken as whole numbers")
+        return numbers.astype(int).reindex(labels.index).astype(object)
+    spelling = text.groupby(text.str.casefold()).agg(lambda group: group.value_counts().index[0])
+    plain = text.str.casefold().map(spelling)
+    for label, taken in dict(zip(known.map(str), plain, strict=True)).items():
+        if label != taken:
+            notes.append(f"label {label!r} taken as {taken!r}")
+    return plain.reindex(labels.index)
+
+
+def plain_texts(texts: pd.Series, notes: list[str]) -> pd.Series:
+    """Texts as text: lists of tokens joined by blanks, bytes decoded, halves of characters replaced; noted."""
+    def plain(text: Any) -> str:
+        if isinstance(text, list | tuple | np.ndarray):
+            return " ".join(map(str, text))
+        return text.decode("utf8", "replace") if isinstance(text, bytes) else str(text)
+
+    known = texts.astype(object).dropna()
+    if known.map(lambda text: isinstance(text, list | tuple | np.ndarray)).any():
+        notes.append("lists of tokens joined by blanks")
+    given = list(map(plain, known))
+    whole = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in given]
+    if broken := sum(map(str.__ne__, given, whole)):
+        notes.append(f"half a character replaced in {broken} texts")
+    return pd.Series([text if text.strip() else None for text in whole], known.index, object).reindex(texts.index)
+
+
+def find_column(frame: pd.DataFrame, column: str, name: str, kind: str) -> pd.Series:
+    """A column by its name, whatever its case and blanks, or a part of one that holds objects (``meta.text``)."""
+    names = {str(known): known for known in frame.columns}
+    alike = [known for known in names if known.strip().casefold() == column.strip().casefold()]
+    if column in names or len(alike) == 1:
+        return frame[names[column if column in names else alike[0]]]
+    outer, _, inner = column.partition(".")
+    if inner and outer in names and frame[names[outer]].map(lambda value: isinstance(value, dict)).any():
+        parts = frame[names[outer]].map(lambda value: value if isinstance(value, dict) else {})
+        return find_column(pd.DataFrame(parts.tolist(), frame.index), inner, name, kind)
+    raise ValueError(f"{name} has no column {column!r}, only {', '.join(names):.200}: "
+                     f"set {kind}_column to the right one")
 
 
 def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_column: str) -> pd.DataFrame:
-    """Columns text, label and, where there is one, split. ValueError if text or label is missing or has gaps."""
-    chosen = pd.DataFrame(index=frame.index)
-    for kind, column in (("text", text_column), ("label", label_column)):
-        if column not in frame:
-            raise ValueError(f"{name} has no column {column!r}, only {', '.join(map(str, frame.columns)):.200}: "
-                             f"set {kind}_column to the right one")
-        empty = np.flatnonzero(frame[column].isna() | (frame[column].astype(str).str.strip() == ""))
-        if len(empty):
-            raise ValueError(f"{name} has no {kind} in {len(empty)} of {len(frame)} rows, such as row {empty[0] + 1}")
-        chosen[kind] = frame[column].astype(str) if kind == "text" else frame[column]
+    """Columns text, label and, where there is one, split, of the rows that have a text and a label; ``attrs`` has notes
+    and incomplete, the number of other rows. ValueError if a column is missing or empty."""
+    notes = list(frame.attrs.get("notes", ()))
+    chosen = pd.DataFrame({"text": plain_texts(find_column(frame, text_column, name, "text"), notes),
+                           "label": plain_labels(find_column(frame, label_column, name, "label"), name, notes)})
+    for kind in chosen:
+        if len(frame) and chosen[kind].isna().all():
+            raise ValueError(f"{name} has no {kind} in any of {len(frame)} rows")
     if "split" in frame:
-        others = () if "test" in set(frame["split"]) else ("dev", "val", "validation")
-        chosen["split"] = frame["split"].replace(dict.fromkeys(others, "test"))
+        split = frame["split"].astype(object)
+        others = () if "test" in set(split) else ("dev", "val", "validation")
+        chosen["split"] = split.replace(dict.fromkeys(others, "test"))
         if not {"train", "test"} <= set(chosen["split"]):
             raise ValueError(f"{name} has a column 'split' without rows for both 'train' and 'test'")
+    complete = chosen["text"].notna() & chosen["label"].notna()
+    chosen = chosen[complete].reset_index(drop=True)
+    chosen.attrs = {"notes": notes, "incomplete": int((~complete).sum())}
     return chosen
 
 
@@ -854,15 +1006,29 @@ def corpus_path(dataset: str) -> Path | None:
     path = Path(location if name in PUBLISHED else dataset).expanduser()
     if name in PUBLISHED and location and not path.exists():
         raise ValueError(f"data set {dataset!r}: there is no {str(path)!r}")
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and path.suffix not in (*READERS, ".gz")
+    is_name = (re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset)
+               and path.suffix.lower() not in (*SUFFIXES_OF_FILES, *OPENERS))
     on_hub = not location if name in PUBLISHED else is_name and not path.exists()
     return None if dataset in EMBEDDED or on_hub else path
 
 
+UNSPACED = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+LETTER = rf"[^\W\p{{Han}}{UNSPACED}]"
+WORDS = {"whitespace": regex.compile(r"\S+"), "unicode": regex.compile(
+    rf"\p{{Han}}|[{UNSPACED}]\p{{M}}*|{LETTER}+(?:['’.\-]{LETTER}+)*|(?![\s\x1c-\x1f])\X")}
+
+
 def split_words(text: str, how: str = "unicode") -> list[str]:
-    """The words of a text: letters and digits with inner apostrophes, full stops and hyphens, and single marks; or what
-    blanks separate (``whitespace``: the authors, whose text is tokenised already)."""
-    return text.split() if how == "whitespace" else re.findall(r"\w+(?:['’.\-]\w+)*|[^\w\s]", text)
+    """The words of a text: letters and digits with their accents and inner apostrophes, full stops and hyphens, and
+    single marks; in scripts without blanks, characters (kana: runs). Or what blanks separate (``whitespace``: the
+    authors, whose text is tokenised already)."""
+    return text.split() if how == "whitespace" else WORDS[how].findall(text)
+
+
+def cut_words(text: str, n: int, how: str) -> str:
+    """The text up to the end of its n-th word."""
+    ends = [match.end() for match in itertools.islice(WORDS[how].finditer(text), n + 1)]
+    return text if len(ends) <= n else text[:ends[n - 1]]
 
 
 def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
@@ -877,23 +1043,37 @@ def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
         return EMBEDDED[dataset]()
     if (name := dataset.partition(":")[0]) in PUBLISHED:
         return PUBLISHED[name](path, settings)
-    frame = read_table(path) if path and not path.is_dir() else read_hub(str(path or dataset))
-    return choose_columns(frame, str(path or dataset), settings.text_column, settings.label_column)
+    columns = (settings.text_column, settings.label_column)
+    frame = read_table(path, columns) if path and not path.is_dir() else read_hub(str(path or dataset),
+                                                                                   label_column=columns[1])
+    corpus = choose_columns(frame, str(path or dataset), *columns)
+    cut = corpus["text"].map(lambda text: cut_words(text, settings.max_words, settings.words))
+    if changed := int((cut != corpus["text"]).sum()):
+        corpus.attrs["notes"].append(f"{changed:,} texts cut to {settings.max_words} words (max_words)")
+    return corpus.assign(text=cut)
 
 
 def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     """A corpus, a row per sentence, training first: columns text, label (0 to C-1), split (train, test), perhaps more.
 
-    ``attrs`` has ``name``, ``label_names``, ``dropped`` (rows lost to length and to repeated text) and ``hash``. The
-    split is stratified and depends on `data_seed` alone. Repeated texts are dropped, so that none is on both sides.
+    ``attrs`` has ``name``, ``label_names``, ``dropped`` (rows lost to gaps, to length and to repeated text), ``notes``
+    (what was guessed, joined and cut; said once on stderr) and ``hash``. The split is stratified and depends on
+    `data_seed` alone. Repeated texts are dropped, so that none is on both sides.
     """
     from sklearn.model_selection import train_test_split
     dataset, corpus = settings.dataset, read_corpus(settings)
+    notes, incomplete = corpus.attrs.get("notes", []), corpus.attrs.get("incomplete", 0)
     repeated = corpus["text"].duplicated()
     if "rationale" in corpus:                                                   # a sentence may have several
         repeated = corpus["split"].eq("train") & corpus["text"].isin(corpus.loc[corpus["split"] == "test", "text"])
     unfit = ~fits(corpus["text"], settings) & ~repeated
     corpus = corpus[~repeated & ~unfit].reset_index(drop=True)
+    dropped = {"without text or label": incomplete, "repeated": int(repeated.sum()),
+               "too long or empty": int(unfit.sum())}
+    if dataset not in EMBEDDED and dataset.partition(":")[0] not in PUBLISHED:
+        notes = [*notes, *(f"{count:,} rows dropped as {reason}" for reason, count in dropped.items() if count)]
+        if notes:
+            announce(f"{dataset}: {'; '.join(notes)}")
     labels = sorted(corpus["label"].unique(), key=lambda label: (isinstance(label, str), label))    # numbers first
     names = list(dict.fromkeys(map(str, labels)))
     counts = corpus["label"].astype(str).value_counts()
@@ -920,7 +1100,7 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
     corpus = pd.concat(parts, ignore_index=True)
     name = dataset.partition(":")[0]
     corpus.attrs = {"name": name if name in PUBLISHED else Path(dataset).stem, "label_names": names,
-                    "dropped": {"repeated": int(repeated.sum()), "too long or empty": int(unfit.sum())},
+                    "dropped": dropped, "notes": notes,
                     "hash": hash_text(corpus.to_dict("list"), names)}
     return corpus
 
@@ -4698,7 +4878,8 @@ class Pipeline:
     def explain(self, text: str, top: int = 5, examples: int = 3, controls: int = 20) -> Explanation:
         """The language model's class for a text, its ``top`` most salient words, their concepts, and what removing
         these does. ValueError for a text without words."""
-        if not split_words(text, self.config.words):
+        text = text.encode("utf-8", "replace").decode("utf-8")                  # of the shell, bytes that are no UTF-8
+        if not any(word.isprintable() for word in split_words(text, self.config.words)):
             raise ValueError("there is no word in the text")
         layer, lm, model = self.layers[0], self.language_model, self.clvqvae
         with redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:

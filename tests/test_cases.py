@@ -86,3 +86,42 @@ def test_classes_are_matched_by_name_or_not_at_all(models, files, tmp_path, refu
         pipeline(tmp_path, models / "bert_nli", files / "short_names.csv").check()
     said = pipeline(tmp_path, models / "bert_nli", files / "short_names.csv", answers="contradiction, Entailment, NEUTRAL")
     assert said.label_names == ["c", "n", "e"] and said.check().explain(TEXT).chances["e"] > 0.999
+
+
+FILES = dict.fromkeys(
+    ["array_one_line.jsonl", "array_pretty.jsonl", "bom.jsonl", "bom_crlf.csv", "bytes.parquet", "dictionary.parquet", "hindi.csv", "markup.csv", "mid.csv", "newlines.csv", "numbered_columns.csv", "plain.csv", "saved_to_disk", "trailing_comma.csv", "trailing_comma3.csv", "unicode_marks.csv", "upper.CSV"],
+    "",
+) | {
+    "all_long.csv": "240 texts cut",
+    "cp1252.csv": "read as cp1252",
+    "float_labels.csv": "whole numbers",
+    "hidden_test": "validation is evaluated",
+    "label_blanks.csv": "taken as 'negative'",
+    "lone_surrogate.jsonl": "half a character",
+    "one_class_long.csv": "120 texts cut",
+    "semicolon.csv": "semicolons",
+    "semicolon_no_comma.csv": "semicolons",
+    "tokens.jsonl": "joined by blanks",
+    "tokens.parquet": "joined by blanks",
+}
+"""A part of what is said of each file that is read."""
+REFUSED = {"label_lists.jsonl": "lists", "label_lists.parquet": "lists", "label_objects.jsonl": "objects", "rare_class.csv": "4 of neutral"}
+
+
+@pytest.mark.parametrize("name", [*FILES])
+def test_a_file_is_read_and_what_was_guessed_is_said(name, files, capsys):
+    columns = dict(text_column="0", label_column="1") if name == "numbered_columns.csv" else {}
+    clvq.announce.cache_clear()
+    corpus = clvq.load_corpus(clvq.configure("paper", dataset=str(files / name), **columns).subset(clvq.CorpusSettings))
+    assert len(corpus) == (200 if name == "hidden_test" else 240) and len(corpus.attrs["label_names"]) == 2
+    said = capsys.readouterr().err
+    assert FILES[name] in said and said.count("\n") == bool(FILES[name])
+    assert not corpus["text"].str.contains("[‘\\[]'?the", regex=True).any() and "\ud83d" not in "".join(corpus["text"])
+    if name == "hindi.csv":
+        assert {"केतली", "जल्दी"} <= set(clvq.split_words(" ".join(corpus["text"])))
+
+
+@pytest.mark.parametrize("name", [*REFUSED])
+def test_labels_that_are_no_classes_are_refused(name, files, refused):
+    with refused(REFUSED[name]):
+        clvq.load_corpus(clvq.configure("paper", dataset=str(files / name)).subset(clvq.CorpusSettings))

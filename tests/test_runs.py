@@ -220,7 +220,7 @@ def test_a_model_is_tried_once_before_it_is_explained(pipeline, monkeypatch, tmp
 # --- notebooks --------------------------------------------------------------------------------------------------------
 
 def test_a_kernel_that_does_not_start_is_tried_again(tmp_path, monkeypatch):
-    folder = tmp_path / "jupyter" / "kernels" / "shy"
+    folder = tmp_path / "jupyter" / "kernels" / "python3"  # whatever kernel a notebook names
     folder.mkdir(parents=True)
     script = tmp_path / "shy.py"
     script.write_text(f"import pathlib, runpy, sys\nmark = pathlib.Path({str(tmp_path / 'tried')!r})\n"
@@ -229,7 +229,7 @@ def test_a_kernel_that_does_not_start_is_tried_again(tmp_path, monkeypatch):
     (folder / "kernel.json").write_text(json.dumps({"argv": [sys.executable, str(script), "-f", "{connection_file}"],
                                                     "display_name": "shy", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    result = clvq_app.run_notebook(write_notebook(tmp_path / "n.ipynb", "6 * 7", kernel="shy"), tmp_path / "out.ipynb")
+    result = clvq_app.run_notebook(write_notebook(tmp_path / "n.ipynb", "6 * 7", kernel="nlp-env"), tmp_path / "out.ipynb")
     assert (tmp_path / "tried").exists()
     assert outputs(result)[0].data["text/plain"] == "42"
 
@@ -242,6 +242,19 @@ def test_a_long_temporary_folder_is_no_trouble(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     result = clvq_app.run_notebook(write_notebook(tmp_path / "n.ipynb", "6 * 7"), tmp_path / "out.ipynb")
     assert outputs(result)[0].data["text/plain"] == "42"
+
+
+@pytest.mark.parametrize("metadata", [{}, {"kernelspec": {"name": "nlp-env", "display_name": "other", "language": "python"}}])
+def test_a_notebook_runs_with_this_environments_kernel_whatever_it_names(tmp_path, capsys, metadata):
+    path = write_notebook(tmp_path / "n.ipynb", "import sys; sys.prefix", "text: str = ''", "scale, text")
+    notebook = nbformat.read(path, 4)
+    notebook.metadata = metadata
+    notebook.cells[0].source += '\ntext: str = ""'
+    del notebook.cells[2]
+    nbformat.write(notebook, path)
+    assert clvq_app.main(["run", str(path), "--scale", "smoke", "-p", "text", "2012", "-o", str(tmp_path / "out.ipynb")]) == 0
+    prefix, text = (output["data"]["text/plain"] for output in outputs(tmp_path / "out.ipynb"))
+    assert prefix == repr(sys.prefix) and text == "('smoke', '2012')"
 
 
 def test_parameters_reach_the_notebook_and_progress_bars_do_not_stay_in_it(tmp_path):
@@ -348,7 +361,8 @@ def test_a_head_with_its_classes_in_another_order_is_matched_by_their_names(mini
                 weights.data = weights.data.flip(0)
         model.save_pretrained(folder)
         minilm.tokenizer.save_pretrained(folder)
-        config = clvq.configure("smoke", model=str(folder), finetune=False, dataset=str(tmp_path / "reviews.csv"), n_codes=10, folds=2)
+        config = clvq.configure("smoke", model=str(folder), finetune=False, dataset=str(tmp_path / "reviews.csv"), n_codes=10, folds=2,
+                                answers="label_0, label_1" if names[0] == "LABEL_0" else "")
         pipeline = clvq.Pipeline(config, tmp_path)
         assert pipeline.label_names == (["positive", "negative"] if names[0] == "POSITIVE" else ["negative", "positive"])
         logits = clvq.predict(pipeline.language_model, clvq.encode(minilm, pipeline.test["text"].tolist(), config), config)
