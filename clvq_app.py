@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import html
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -35,7 +36,7 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     import pandas as pd
 
-    from clvq_core import Explanation, Pipeline
+    from clvq_core import Comparison, Explanation, Pipeline
 
 # ======================================================================================================================
 # 1 Command line
@@ -147,8 +148,9 @@ def run(
       clvq run notebooks/*.ipynb --scale laptop --output runs/seed1 -p seed 1
       clvq run notebooks/01_method.ipynb -p dataset reviews.csv -p text_column body -p label_column stars
     """
-    values = read_pairs(parameters, {name for path in notebooks for name, kind in parameters_of(path).items()
-                                     if kind == "str"})
+    read_pairs(parameters)                                                      # before any file is looked at
+    texts = {name for path in notebooks for name, kind in parameters_of(path).items() if kind == "str"}
+    values = read_pairs(parameters, texts)
     if len(notebooks) > 1 and output.suffix == ".ipynb":
         raise ValueError("--output must be a folder when several notebooks are run")
     for path in notebooks:                                                      # all of them before the first long run
@@ -293,27 +295,241 @@ def explain(
     data: Annotated[str | None, Option(help="What it was, or will be, trained on: movies, news, a file, …")] = None,
     scale: Annotated[Scale, Option(help="Size of everything.")] = "laptop",
     top: Annotated[int, Option(help="How many concepts.")] = 5,
+    versus: Annotated[str | None, Option(metavar="TEXT", help="Another text to compare it with.")] = None,
+    steer: Annotated[int | None, Option(metavar="CONCEPT", help="Push this concept into the text by doses.")] = None,
     page: Annotated[Path | None, Option("--html", metavar="FILE", help="Also write a page.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead.")] = False,
     parameters: Pairs = None,
 ) -> None:
     """Show the concepts behind a model's answer to a text.
 
     Prints the text's class, the words that decided it, their concepts, and what changes without them. The first call
-    trains what it needs; later ones take seconds.
+    trains what it needs; later ones take seconds. With --versus: which words of two texts have other concepts, and what
+    the answer does when one concept alone is exchanged. With --steer: what the answer does over the dose of a concept.
 
     \b
     examples:
       clvq explain "a dull, overlong film"
       clvq explain "a dull, overlong film" --scale smoke --html card.html
       clvq explain "Shares fell" --model path/to/model -p finetune false --data news.csv -p label_column section
+      clvq explain "a dull, overlong film" --versus "a moving film" --json
+      clvq explain "a dull, overlong film" --steer 17
     """
     from clvq_core import Pipeline, configure
 
     settings = {**read_pairs(parameters), **({"model": model} if model else {}), **({"dataset": data} if data else {})}
-    explanation = Pipeline(configure(scale, **settings)).check().explain(text, top)
-    print(explanation)
+    pipeline = Pipeline(configure(scale, **settings)).check()
+    found: Any = pipeline.explain(text, top) if versus is None else pipeline.compare(text, versus)
+    doses = None if steer is None else pipeline.steer(text, steer)
+    if as_json:
+        print(json.dumps(as_record(pipeline, scale, found, doses), ensure_ascii=False, indent=1))
+    else:
+        print(found)
+        if steer is not None and doses is not None:
+            print(f"\nDoses of {pipeline.concept_names[steer]} (1: as far as the concept lies from the mean):")
+            print(doses.to_string(index=False, float_format="{:.3f}".format))
     if page:
-        print(f"\ncard: {write_card(explanation, page)}")
+        write_card(found, page, provenance_html(pipeline, scale))
+        print(f"\ncard: {page}", file=sys.stderr if as_json else None)
+
+
+def as_record(pipeline: Pipeline, scale: str, found: Any, doses: pd.DataFrame | None) -> dict[str, Any]:
+    """What `explain` found as JSON holds it: text, chances, words, random_change, examples, and where asked for other
+    (the same of the other text), exchanges and doses; then names (of concepts) and provenance."""
+    from clvq_core import Comparison
+
+    compared = isinstance(found, Comparison)
+    record = (found.text if compared else found).to_dict()
+    if compared:
+        record |= {"other": found.other.to_dict(), "exchanges": json.loads(found.exchanges.to_json(orient="records"))}
+    if doses is not None:
+        record["doses"] = json.loads(doses.to_json(orient="records"))
+    parts = [record, *([record["other"]] if compared else [])]
+    used = sorted({word["concept"] for part in parts for word in part["words"]})
+    names = {str(concept): pipeline.concept_names[concept] for concept in used}
+    return {**record, "names": names, "provenance": facts_of(pipeline, scale)}
+
+
+def facts_of(pipeline: Pipeline, scale: str = "") -> dict[str, Any]:
+    """Where results come from: scale, model, data, layers, seeds, versions, date, and limits."""
+    from clvq_core import environment, hash_text
+
+    config, corpus = pipeline.config, pipeline.corpus
+    return {
+        "scale": scale or "as configured", "model": config.model, "model_hash": hash_text(pipeline.base_model[0])[:12],
+        "fine_tuned": config.finetune, "accuracy": round(pipeline.accuracy, 4), "data": config.dataset,
+        "data_hash": corpus.attrs["hash"][:12], "classes": pipeline.label_names,
+        "training_texts": len(pipeline.train), "evaluation_texts": len(pipeline.test),
+        "rows_dropped": corpus.attrs["dropped"], "notes": corpus.attrs["notes"],
+        "layers": list(pipeline.layers), "codes": config.n_codes, "seed": config.seed, "data_seed": config.data_seed,
+        **environment(),
+        "limits": "Concepts are those of one training; other seeds give others. Removal and exchange are interventions "
+                  "on states and say nothing of what people would call a reason."}
+
+
+def provenance_html(pipeline: Pipeline, scale: str = "") -> str:
+    """`facts_of` as a table at the end of a page."""
+    return render("<h2>Where this comes from</h2><table>{% for name, value in facts.items() %}"
+                  "<tr><th>{{ name | replace('_', ' ') }}</th><td>{{ value }}</td></tr>{% endfor %}</table>",
+                  facts={name: ", ".join(map(str, value)) if isinstance(value, list) else value
+                         for name, value in facts_of(pipeline, scale).items()})
+
+
+class Finding(NamedTuple):
+    """What `clvq doctor` says of one thing."""
+
+    mark: str
+    """``ok``, ``note`` or ``PROBLEM``."""
+    about: str
+    text: str
+
+
+def examine(pipeline: Pipeline) -> Iterator[Finding]:
+    """What will work and what will not, one thing after another, in seconds; nothing long is computed."""
+    import torch
+
+    import clvq_core as core
+
+    config, speed = pipeline.config, core.training_speed()
+
+    def look(about: str, find: Callable[[], str]) -> Iterator[Finding]:
+        """What is found, or the sentence of the error."""
+        try:
+            yield Finding("ok", about, find())
+        except Exception as error:
+            yield Finding("PROBLEM", about, verdict(error)[0])
+
+    def data() -> str:
+        sizes, names = corpus["split"].value_counts(), corpus.attrs["label_names"]
+        counts = ", ".join(f"{corpus['label'].eq(i).sum():,} of {name}" for i, name in enumerate(names))
+        return f"{sizes['train']:,} texts to train on, {sizes['test']:,} to evaluate; {counts}"
+
+    def model() -> str:
+        sizes = pipeline.sizes
+        return f"{pipeline.model_config.model_type}, {sizes.num_hidden_layers} layers of width {sizes.hidden_size}"
+
+    def classes() -> str:
+        head = pipeline.model_config.id2label if core.has_head(pipeline.model_config) else {}
+        if pipeline.prompt:
+            return f"asked by a prompt, answers {', '.join(pipeline.prompt[1])} for {', '.join(pipeline.label_names)}"
+        if config.finetune:
+            own = f"; its own head knows {', '.join(map(str, head.values()))} (finetune false uses it)" if head else ""
+            return f"a new head for {', '.join(pipeline.label_names)} will be trained{own}"
+        return f"its own head's {', '.join(map(str, head.values()))} stand for {', '.join(pipeline.label_names)}"
+
+    def door() -> str:
+        pipeline.folder("door", *pipeline.layers)
+        return (f"alone and together, cut and put back at layers {pipeline.layers[0]} and {pipeline.layers[1]}, texts "
+                "get the model's own answers")
+
+    def reads() -> str:
+        encoded, texts = core.encode(lm, sample, config), len(sample)
+        lost = core.align_words(lm, encoded).attrs["lost"]
+        longest = int(encoded.offsets.diff().max())
+        return (f"of {texts:,} texts, the longest has {longest} sub-words of {min(lm.limit, config.max_tokens)}; "
+                f"{lost:,} words are cut or dropped by the tokenizer")
+
+    def cost() -> str:
+        tokens = len(core.encode(lm, sample, config).ids) / len(sample)
+        per_text = 2 * lm.block_weights * tokens / speed / 60
+        n_train, n_test = len(pipeline.train), len(pipeline.test)
+        minutes = {"fine-tuning": 3 * n_train * config.finetune_epochs * per_text * config.finetune,
+                   "states": (n_train + n_test) * per_text, "salience": 3 * n_test * config.salience_steps * per_text,
+                   "training": pipeline.cost["gflop"] * 1e9 / speed / 60}
+        parts = ", ".join(f"{name} {time:.1f}" for name, time in minutes.items() if time)
+        return (f"about {sum(minutes.values()):.1f} minutes on this machine ({parts}), at least "
+                f"{pipeline.cost['memory_mib'] + 4 * lm.block_weights / 2**20:,.0f} MiB of memory, "
+                f"{pipeline.cost['disk_mib']:,.0f} MiB on disk")
+
+    yield (read := next(look("data", lambda: str(core.load_corpus(config.subset(core.CorpusSettings)).attrs["name"]))))
+    if read.mark == "ok":
+        corpus = core.load_corpus(config.subset(core.CorpusSettings))
+        yield from look("rows", data)
+        dropped = [f"{count:,} rows dropped as {reason}" for reason, count in corpus.attrs["dropped"].items() if count]
+        for note in dict.fromkeys([*corpus.attrs["notes"], *dropped]):
+            yield Finding("note", "rows", note)
+    yield (known := next(look("model", model)))
+    if read.mark != "ok" or known.mark != "ok":
+        return
+    yield from look("layers", lambda: "{} to {}".format(*pipeline.layers))
+    yield (matched := next(look("classes", classes)))
+    if matched.mark != "ok":
+        return
+    yield (tried := next(look("door", door)))
+    if tried.mark == "ok":
+        lm, sample = pipeline.load_classifier(config.finetune), pipeline.train["text"].head(500).tolist()
+        size = sum(map(torch.Tensor.numel, lm.model.parameters()))
+        where = {"first": "the first position", "last": "the last position", "mean": "the mean of all positions"}
+        yield Finding("ok", "summary", f"its head reads {where[lm.summary]}; {size / 1e6:,.1f} million weights")
+        yield from look("words", reads)
+        yield from look("cost", cost)
+        yield from look("sizes", lambda: f"{config.n_codes} codes, {config.folds} folds" if pipeline.check() else "")
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, Argument(help="minilm, smollm2, a folder, or an id on the Hub.")],
+    data: Annotated[str, Argument(help="movies, news, a file, …")] = "movies",
+    scale: Annotated[Scale, Option(help="Size of everything.")] = "laptop",
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead.")] = False,
+    parameters: Pairs = None,
+) -> None:
+    """Say in seconds what will work with a model and data, and what will not.
+
+    A line for each thing: ok, note (what was guessed or dropped) or PROBLEM (what to change). Exit code 0 if all will
+    work, 2 if not.
+
+    \b
+    examples:
+      clvq doctor minilm movies
+      clvq doctor path/to/model reviews.csv -p finetune false -p text_column body -p label_column stars
+    """
+    from clvq_core import Pipeline, configure
+
+    findings = []
+    with contextlib.redirect_stderr(io.StringIO()):
+        pipeline = Pipeline(configure(scale, **{**read_pairs(parameters), "model": model, "dataset": data}))
+        for finding in examine(pipeline):
+            findings.append(finding)
+            if not as_json:
+                print(f"{finding.mark:8} {finding.about:8} {finding.text}", flush=True)
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings], ensure_ascii=False, indent=1))
+    if any(finding.mark == "PROBLEM" for finding in findings):
+        raise typer.Exit(2)
+
+
+@app.command("report")
+def show_report(
+    output: Annotated[Path, Argument(help="File to write: .html, .parquet or .csv.")],
+    model: Annotated[str | None, Option(help="minilm, smollm2, a folder, or an id on the Hub.")] = None,
+    data: Annotated[str | None, Option(help="What it was, or will be, trained on: movies, news, a file, …")] = None,
+    scale: Annotated[Scale, Option(help="Size of everything.")] = "laptop",
+    parameters: Pairs = None,
+) -> None:
+    """Write all concepts that a model uses on its evaluation texts, those first that its answers rely on most.
+
+    The columns of the Parquet and CSV files are described on the book's page "Results as files".
+
+    \b
+    examples:
+      clvq report report.html --model path/to/model -p finetune false --data reviews.csv
+      clvq report concepts.parquet --data news
+    """
+    from clvq_core import Pipeline, configure, write_whole
+
+    if output.suffix not in (".html", ".parquet", ".csv"):
+        raise ValueError(f"{str(output)!r} must end in .html, .parquet or .csv")
+    settings = {**read_pairs(parameters), **({"model": model} if model else {}), **({"dataset": data} if data else {})}
+    pipeline = Pipeline(configure(scale, **settings)).check()
+    if output.suffix == ".html":
+        write_report(pipeline, output)
+    else:
+        table = pipeline.report.assign(name=lambda rows: rows["concept"].map(pipeline.concept_names))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write = table.to_parquet if output.suffix == ".parquet" else table.to_csv
+        write_whole(output, lambda partial: write(partial, index=False))
+    print(f"{len(pipeline.report)} concepts: {output}")
 
 
 @app.command()
@@ -1033,9 +1249,9 @@ def write_page(path: Path, title: str, body: str) -> Path:
     return path
 
 
-def write_card(explanation: Explanation, path: Path) -> Path:
-    """What `clvq_core.Pipeline.explain` found, as a page."""
-    return write_page(path, explanation.text[:80], explanation._repr_html_())
+def write_card(found: Explanation | Comparison, path: Path, provenance: str = "") -> Path:
+    """What `clvq_core.Pipeline.explain` or `compare` found, as a page that may end in its ``provenance``."""
+    return write_page(path, str(getattr(found.text, "text", found.text))[:80], found._repr_html_() + provenance)
 
 
 def name_of(pipeline: Pipeline) -> str:
@@ -1054,7 +1270,7 @@ def write_report(pipeline: Pipeline, path: Path, most: int = 100) -> Path:
     effects = [f"{mean:+.4f}" + ("" if math.isnan(low) else f" ({low:+.4f} to {high:+.4f})")
                for mean, low, high in bounds]
     table = pd.DataFrame({
-        "concept": top["concept"].map("#{}".format), "words": top["words"], "sentences": top["sentences"],
+        "concept": top["concept"].map(pipeline.concept_names), "words": top["words"], "sentences": top["sentences"],
         "effect (95 % interval)": effects, "class": of_class(top["label"], top["purity"]),
         "answers changed": top["flipped"].map("{:.1%}".format),
         "stability": top["stability"].map("{:.2f}".format).replace("nan", "–"),
@@ -1064,14 +1280,15 @@ def write_report(pipeline: Pipeline, path: Path, most: int = 100) -> Path:
              "the concept is removed, around the mean, from each position of the sentences that have it, compared with "
              "removing random concepts from the same sentences. Class: the class of most of the concept's states. "
              "Stability: how closely the concept comes back with other seeds (1: exactly).")
-    return write_page(path, f"Concepts of {name_of(pipeline)}", render(REPORT, about=about, table=table))
+    body = render(REPORT, about=about, table=table) + provenance_html(pipeline)
+    return write_page(path, f"Concepts of {name_of(pipeline)}", body)
 
 
 def write_explorer(pipeline: Pipeline, path: Path) -> Path:
     """All concepts of `clvq_core.Pipeline.explorer_table` as a page to look around in."""
     table, (source, target) = pipeline.explorer_table, pipeline.layers
     about = f"{len(table)} concepts of {name_of(pipeline)}, layers {source} to {target}."
-    return write_page(path, "Concept explorer", explorer_html(table, about))
+    return write_page(path, "Concept explorer", explorer_html(table, about) + provenance_html(pipeline))
 
 
 def explorer_html(table: pd.DataFrame, about: str) -> str:

@@ -97,8 +97,8 @@ __all__ = [
     "Concepts", "clusters", "SparseAutoencoder", "train_sae", "reference_concepts",
     # 12 concepts
     "concept_table", "top_words", "of_class", "log_odds", "word_table", "word_p_values", "surface_labels", "alignment",
-    "Explanation", "transitions", "draw_flow", "word_cloud", "plot_style", "interval_text", "show_table", "glue",
-    "interval_cell", "show_text", "draw_intervals",
+    "name_concepts", "Explanation", "Comparison", "transitions", "draw_flow", "draw_doses", "word_cloud", "plot_style",
+    "interval_text", "interval_cell", "show_table", "show_text", "glue", "draw_intervals",
     # 13 faithfulness
     "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate",
     "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects",
@@ -2806,6 +2806,20 @@ def top_words(word_counts: str, n: int = 5) -> str:
     return ", ".join(f"{word} ×{count}" for word, count in itertools.islice(json.loads(word_counts).items(), n))
 
 
+def name_concepts(concepts: pd.DataFrame, n: int = 3) -> pd.Series:
+    """A readable name for each concept of a `concept_table`, by concept: its number and up to ``n`` words.
+
+    They are the most specific ones (`log_odds`) of those that are more frequent in it than chance explains
+    (`word_p_values` below 0.05), or else its most frequent words.
+    """
+    words = dict(zip(concepts["concept"].tolist(), map(json.loads, concepts["word_counts"]), strict=True))
+    counts = pd.Series({(concept, word): times for concept, part in words.items() for word, times in part.items()})
+    specific = log_odds(counts)[word_p_values(counts) < 0.05].sort_values(ascending=False, kind="stable")
+    chosen = {concept: list(part.index.get_level_values(1)[:n]) for concept, part in specific.groupby(level=0)}
+    return pd.Series({concept: f"#{concept} {', '.join(chosen.get(concept) or list(part)[:n])}".strip()
+                      for concept, part in words.items()}, name="name")
+
+
 def of_class(labels: pd.Series, purity: pd.Series) -> list[str]:
     """The most frequent class of each concept and its share, as text; "–" for an unused concept."""
     return [f"{label} {share:.0%}" if label else "–" for label, share in zip(labels, purity, strict=True)]
@@ -2939,6 +2953,12 @@ class Explanation:
         return (f"Without it: change of the probability of {next(iter(self.chances))} when the concept is removed from "
                 f"every position. Without a random concept: {interval_text(*self.control, '+.3f')}.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON holds it; the columns of words keep their names."""
+        return {"text": self.text, "chances": self.chances, "words": json.loads(self.words.to_json(orient="records")),
+                "random_change": dict(zip(("mean", "low", "high"), map(float, self.control), strict=True)),
+                "examples": {str(concept): sentences for concept, sentences in self.examples.items()}}
+
     def __str__(self) -> str:
         chances = ", ".join(f"{name} {chance:.3f}" for name, chance in self.chances.items())
         lines = [self.text, "", chances, "", self.table.to_string(index=False), "", self.note]
@@ -2963,6 +2983,52 @@ class Explanation:
             items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
             lists += f"<details><summary>#{concept}, nearest in the training text</summary><ul>{items}</ul></details>"
         return f'<p style="line-height: 1.8">{text}</p>{chances}{table}<p>{html.escape(self.note)}</p>{lists}'
+
+
+PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")                   # seaborn's "colorblind"
+
+
+@dataclass(repr=False)
+class Comparison:
+    """Two texts side by side (`Pipeline.compare`); printed as text, shown as a card in notebooks."""
+
+    text: Explanation
+    other: Explanation
+    exchanges: pd.DataFrame
+    """A row per word whose concept differs: word and other_word (empty: only one text has it), concept and
+    other_concept, their names, alone (change of the probability of the first text's class when, in the first text, that
+    concept alone is exchanged), random, random_low and random_high (the same for random codes)."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The exchanges for people."""
+        rows = self.exchanges
+        return pd.DataFrame({
+            "word": rows["word"], "other word": rows["other_word"], "concept": rows["name"],
+            "other concept": rows["other_name"],
+            "exchanged alone": rows["alone"].map("{:+.3f}".format).replace("+nan", "–"),
+            "for a random code": [interval_cell(row, "random", "+.3f") for row in rows.to_dict("records")]})
+
+    @property
+    def note(self) -> str:
+        """What changed, and what the columns mean."""
+        first = next(iter(self.text.chances))
+        return (f"Probability of {first}: {self.text.chances[first]:.3f}, in the other text "
+                f"{self.other.chances[first]:.3f}. Exchanged alone: how it changes in the first text when, at this "
+                "word, its concept's vector is replaced by that of the other text. In brackets: lowest to highest.")
+
+    def __str__(self) -> str:
+        return "\n".join([self.text.text, self.other.text, "", self.note, "",
+                          self.table.to_string(index=False) if len(self.table) else "No word's concept differs."])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """A card in which nothing is markup but its own."""
+        with pd.option_context("display.max_colwidth", None):
+            table = self.table.to_html(index=False, border=0, justify="left")
+        return (f"<p>{html.escape(self.note)}</p>{table}<h3>The first text</h3>{self.text._repr_html_()}"
+                f"<h3>The other text</h3>{self.other._repr_html_()}")
 
 
 def transitions(source: Int[Tensor, "N"], target: Int[Tensor, "N"]) -> pd.DataFrame:
@@ -2993,14 +3059,20 @@ def draw_flow(flow: pd.DataFrame, axes: Any, names: tuple[Mapping[Any, str], Map
     axes.axis("off")
 
 
+def draw_doses(doses: pd.DataFrame, axes: Any) -> None:
+    """Draw `Pipeline.steer`: the probability of each class over the dose, and as bands that of random codes."""
+    for color, (name, part) in zip(itertools.cycle(PALETTE), doses.groupby("class", sort=False)):
+        axes.plot(part["dose"], part["chance"], marker="o", markersize=4, color=color, label=str(name))
+        axes.fill_between(part["dose"], part["random_low"], part["random_high"], color=color, alpha=0.2, linewidth=0)
+    axes.set(xlabel="dose (1: as far as the concept lies from the mean)", ylabel="probability")
+    axes.legend(frameon=False)
+
+
 def codebook_map(vectors: Float[Tensor, "K D"], seed: int = 42) -> Float[np.ndarray, "K 2"]:
     """Codes in the plane, similar ones close: t-SNE of cosine distances (van der Maaten and Hinton 2008)."""
     from sklearn.manifold import TSNE
     tsne = TSNE(metric="cosine", init="random", perplexity=min(30.0, (len(vectors) - 1) / 3), random_state=seed)
     return tsne.fit_transform(vectors.cpu().double().numpy())
-
-
-PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#949494")                   # seaborn's "colorblind"
 
 
 def cloud_font(words: Iterable[str]) -> str:
@@ -4497,7 +4569,7 @@ class Pipeline:
             lm.tokenizer.save_pretrained(folder)
         history.to_parquet(folder / "history.parquet")
 
-    @Step(2, names_of("finetune label data_seed"), lambda p, *layers: [p.base_model, p.prompt, p.label_names])
+    @Step(1, names_of("finetune label data_seed"), lambda p, *layers: [p.base_model, p.prompt, p.label_names])
     def door(self, source: int, target: int) -> dict[str, bool]:
         """That the model passed `check_model` at these layers, with a new head if it will be fine-tuned."""
         check_model(self.load_classifier(self.config.finetune), (source, target))
@@ -4878,7 +4950,8 @@ class Pipeline:
     def explain(self, text: str, top: int = 5, examples: int = 3, controls: int = 20) -> Explanation:
         """The language model's class for a text, its ``top`` most salient words, their concepts, and what removing
         these does. ValueError for a text without words."""
-        text = text.encode("utf-8", "replace").decode("utf-8")                  # of the shell, bytes that are no UTF-8
+        if any("\ud800" <= character <= "\udfff" for character in text):        # what a shell's other bytes become
+            raise ValueError("the text is not UTF-8")
         if not any(word.isprintable() for word in split_words(text, self.config.words)):
             raise ValueError("there is no word in the text")
         layer, lm, model = self.layers[0], self.language_model, self.clvqvae
@@ -4899,6 +4972,87 @@ class Pipeline:
         return Explanation(text, dict(zip(map(str, chances.index), chances.tolist(), strict=True)),
                            words.reset_index(drop=True), (random.mean(), random.min(), random.max()),
                            {concept: self.nearest_examples(concept, examples) for concept in chosen.tolist()})
+
+    @cached_property
+    def concept_names(self) -> pd.Series:
+        """A name for each concept; `name_concepts`."""
+        return name_concepts(self.concepts)
+
+    def answers_with(self, text: str, offsets: Float[Tensor, "P D"],
+                     words: Sequence[Sequence[int]] | None = None) -> Float[np.ndarray, "P+1 C"]:
+        """The probabilities of the classes for a text as it is, and with each of P vectors added to its states of the
+        source layer: at these words (counted from 0), or at every position."""
+        lm, encoded = self.language_model, encode(self.language_model, [text], self.config)
+        places = torch.ones(len(offsets), len(encoded.ids), dtype=torch.bool)
+        if words is not None:
+            places = torch.stack([torch.isin(encoded.word, torch.tensor(part)) for part in words])
+
+        def edit(states: Tensor, _: Tensor, rows: Tensor) -> list[tuple[tuple, Tensor]]:
+            added = offsets[rows][:, None] * places[rows][..., None]
+            return [((), states + added.to(states.device))]
+
+        sentences = torch.zeros(len(offsets), dtype=torch.long)
+        own, edited = answer_edited(lm, [text], self.layers[0], self.centres, sentences, edit, self.config,
+                                    ["every position"])
+        return torch.cat([own, edited["every position",]]).softmax(1).numpy()
+
+    def random_codes(self, n: int) -> Int[Tensor, "n"]:
+        """Random concepts, drawn by how many training states have them."""
+        draw = torch.Generator().manual_seed(self.config.seed)
+        return torch.multinomial(torch.as_tensor(self.code_use).double(), n, True, generator=draw)
+
+    def compare(self, text: str, other: str, controls: int = 20) -> Comparison:
+        """Which words of two texts have other concepts, and what the answer to the first does when one concept alone is
+        exchanged: its vector v at the word's position is replaced by the other text's, h - v + v'. Beside it, the same
+        with ``controls`` random codes. Words are aligned by the longest runs that both have (difflib)."""
+        one, two = self.explain(text), self.explain(other)
+        blank = pd.DataFrame({"word": [""], "concept": [-1]})                               # row -1: no word
+        first, second = (pd.concat([side.words[["word", "concept"]], blank]) for side in (one, two))
+        matcher = difflib.SequenceMatcher(None, first["word"].tolist()[:-1], second["word"].tolist()[:-1], False)
+        pairs = [pair for _, i1, i2, j1, j2 in matcher.get_opcodes()
+                 for pair in itertools.zip_longest(range(i1, i2), range(j1, j2), fillvalue=-1)]
+        left, right = (np.array(side, dtype=int) for side in zip(*pairs, strict=True))
+        table = pd.DataFrame({"place": left, "word": first["word"].to_numpy()[left],
+                              "other_word": second["word"].to_numpy()[right],
+                              "concept": first["concept"].to_numpy()[left],
+                              "other_concept": second["concept"].to_numpy()[right]})
+        table = table[table["concept"] != table["other_concept"]].reset_index(drop=True)
+        table["name"], table["other_name"] = (table[name].map(self.concept_names).fillna("")
+                                              for name in ("concept", "other_concept"))
+        both = table[(table["concept"] >= 0) & (table["other_concept"] >= 0)]
+        table[columns := ["alone", "random", "random_low", "random_high"]] = math.nan
+        if len(both):
+            vectors, random = self.clvqvae.vectors, self.random_codes(controls)
+            new = torch.cat([torch.tensor(both["other_concept"].tolist())[:, None], random.expand(len(both), -1)], 1)
+            offsets = vectors[new] - vectors[both["concept"].tolist()][:, None]             # (pairs, controls + 1, D)
+            places = [[place] for place in both["place"] for _ in range(controls + 1)]
+            with redirect_stderr(io.StringIO()):
+                chances = self.answers_with(text, offsets.flatten(0, 1), places)
+            change = (chances[1:] - chances[0])[:, chances[0].argmax()].reshape(len(both), -1)
+            rest = change[:, 1:]
+            table.loc[both.index, columns] = np.stack([change[:, 0], rest.mean(1), rest.min(1), rest.max(1)], 1)
+        return Comparison(one, two, table.drop(columns="place"))
+
+    def steer(self, text: str, concept: int, doses: Sequence[float] = (-2, -1, -0.5, 0, 0.5, 1, 2),
+              controls: int = 10) -> pd.DataFrame:
+        """What the answer does when a concept is pushed in: dose times its offset from the mean encoding is added to
+        every position of the text's states of the source layer; beside it random codes, as long as the concept.
+
+        A row per dose and class: dose, class, chance, random, random_low, random_high. ValueError for no such concept.
+        """
+        model = self.clvqvae
+        if not 0 <= concept < len(model.vectors):
+            raise ValueError(f"there is no concept {concept}, only 0 to {len(model.vectors) - 1}")
+        offsets = model.vectors - model.centre
+        offset, others = offsets[concept], offsets[self.random_codes(controls)]
+        pushed = torch.cat([offset[None], F.normalize(others, dim=1) * offset.norm()])          # (controls + 1, D)
+        with redirect_stderr(io.StringIO()):
+            chances = self.answers_with(text, torch.cat([dose * pushed for dose in doses]))[1:]
+        by_dose = chances.reshape(len(doses), controls + 1, -1)
+        return pd.DataFrame([
+            {"dose": float(dose), "class": name, "chance": part[0, c], "random": part[1:, c].mean(),
+             "random_low": part[1:, c].min(), "random_high": part[1:, c].max()}
+            for dose, part in zip(doses, by_dose, strict=True) for c, name in enumerate(self.label_names)])
 
     def nearest_examples(self, concept: int, n: int) -> list[str]:
         """Training sentences of the states nearest to a concept, the word in guillemets; none if only other texts have

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import pyplot as plt
 from scipy import stats
 
 import clvq_app
@@ -104,7 +105,7 @@ def test_the_reports_page_needs_no_other_and_shows_text_as_text(pipeline, tmp_pa
     del pipeline.report
     assert "<script" not in page and page.count("&lt;script&gt;") == 3 and not re.search(r"https?://|src=|@import", page)
     tables = pd.read_html(tmp_path / "new" / "report.html", flavor="lxml") if clvq.importlib.util.find_spec("lxml") else []
-    assert page.count("<tr") == 6 and all(len(table) == 5 for table in tables)
+    assert page.partition("<h2>")[0].count("<tr") == 6 and all(len(table) == 5 for table in tables[:1])
 
 
 def test_the_explorers_table_has_each_concept_in_use_with_what_report_and_codebook_say_of_it(pipeline):
@@ -218,3 +219,112 @@ def test_the_command_makes_a_study_of_clouds_that_says_nothing_of_methods_predic
     assert set(clvq.study_answers(tmp_path / "study").columns) == set(answers.columns)
     with pytest.raises(ValueError, match="is no study"):
         clvq_app.AnswerStore(tmp_path)
+
+
+# --- names, comparison, doses, files ----------------------------------------------------------------------------------
+
+
+def test_a_concepts_name_is_its_specific_words_or_else_its_frequent_ones():
+    words = [{"film": 40, "dull": 12, "slow": 10, "a": 5}, {"film": 42, "bright": 11, "a": 6}, {"film": 2, "a": 1}, {}]
+    table = pd.DataFrame({"concept": range(4), "word_counts": [clvq.json.dumps(part) for part in words]})
+    assert clvq.name_concepts(table).tolist() == ["#0 dull, slow", "#1 bright", "#2 film, a", "#3"]
+
+
+def test_what_is_added_is_what_would_be_removed(pipeline):
+    text, layer = "a dull , overlong film", pipeline.layers[0]
+    none = pipeline.answers_with(text, torch.zeros(2, 384), [[1], [0, 2]])
+    np.testing.assert_allclose(none, none[:1].repeat(3, 0), atol=1e-6)
+    vector = torch.randn(1, 384)
+    everywhere, word = (pipeline.answers_with(text, vector, where)[1] for where in (None, [[1]]))
+    encoded = clvq.encode(pipeline.language_model, [text], pipeline.config)
+    ids, mask = clvq.pad_ids(pipeline.language_model, encoded, torch.tensor([0]))
+    with torch.no_grad():
+        states = clvq.layer_states(pipeline.language_model, [layer], ids, mask)[layer]
+        with clvq.blocks_above(pipeline.language_model, layer) as answer:
+            np.testing.assert_allclose(answer(states + vector, mask).softmax(1)[0], everywhere, atol=1e-5)
+            at_word = states + vector * (encoded.word == 1)[None, :, None]
+            np.testing.assert_allclose(answer(at_word, mask).softmax(1)[0], word, atol=1e-5)
+
+
+def test_two_texts_are_compared_word_by_word(pipeline, refused):
+    found = pipeline.compare("a dull , overlong film", "a moving film of some length", controls=5)
+    rows = found.exchanges
+    assert (rows["concept"] != rows["other_concept"]).all() and (rows[rows["word"] == ""]["concept"] == -1).all()
+    assert "length" in set(rows["other_word"]) and rows.loc[rows["other_word"] == "length", "alone"].isna().all()
+    both = rows[(rows["word"] != "") & (rows["other_word"] != "")]
+    assert len(both) and both["alone"].notna().all() and (both["random_low"] <= both["random"]).all()
+    words = list(found.text.words["word"])
+    row = both.iloc[0]
+    change = pipeline.clvqvae.vectors[[row["other_concept"]]] - pipeline.clvqvae.vectors[[row["concept"]]]
+    before, after = pipeline.answers_with(found.text.text, change, [[words.index(row["word"])]])
+    assert after[before.argmax()] - before.max() == pytest.approx(row["alone"], abs=1e-5)
+    assert row["name"] == pipeline.concept_names[row["concept"]] and row["name"] in str(found)
+    same = pipeline.compare("a dull film", "a dull film")
+    assert same.exchanges.empty and "No word's concept differs" in str(same)
+    assert "<script>" not in pipeline.compare("<script>alert</script> dull", "a <b>fine</b> film")._repr_html_()
+    with refused("no word"):
+        pipeline.compare("a film", " ")
+
+
+def test_a_concept_is_pushed_in_by_doses_beside_random_codes_as_long(pipeline, refused):
+    doses = pipeline.steer("a dull film", 3, doses=(-1, 0, 2), controls=4)
+    assert doses.groupby("dose")["chance"].sum().to_numpy() == pytest.approx(1, abs=1e-5) and len(doses) == 6
+    at_zero = doses[doses["dose"] == 0]
+    chances = pipeline.explain("a dull film").chances
+    for row in at_zero.to_dict("records"):
+        assert row["chance"] == pytest.approx(chances[row["class"]], abs=1e-4) == pytest.approx(row["random_low"], abs=1e-4)
+    assert doses[doses["dose"] != 0]["chance"].sub(at_zero["chance"].iloc[0]).abs().max() > 1e-3
+    axes = plt.subplots()[1]
+    clvq.draw_doses(doses, axes)
+    assert len(axes.lines) == 2 and [text.get_text() for text in axes.get_legend().get_texts()] == pipeline.label_names
+    with refused("no concept 20"):
+        pipeline.steer("a dull film", 20)
+
+
+@pytest.fixture
+def settings() -> list[str]:
+    return [word for name, value in {**QUICK, "seeds": 2}.items() for word in ("-p", name, str(value))]
+
+
+def test_the_command_gives_json_that_the_page_on_files_describes(pipeline, settings, capsys, tmp_path):
+    page = (clvq_app.Path(clvq.__file__).parent / "book" / "files.md").read_text("utf8")
+    command = ["explain", "a dull film", "--versus", "a moving film", "--steer", "3", "--json", "--scale", "smoke",
+               "--html", str(tmp_path / "card.html"), *settings]
+    assert clvq_app.main(command) == 0
+    found = clvq.json.loads(capsys.readouterr().out)
+    assert found["text"] == "a dull film" and found["other"]["text"] == "a moving film" and found["doses"]
+    keys = {*found, *found["words"][0], *found["random_change"], *found["exchanges"][0], *found["doses"][0]}
+    assert not [key for key in keys if f"`{key}`" not in page]
+    assert found["provenance"]["layers"] == list(pipeline.layers) and len(found["provenance"]["model_hash"]) == 12
+    card = (tmp_path / "card.html").read_text("utf8")
+    assert "Where this comes from" in card and found["provenance"]["data_hash"] in card
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "html"])
+def test_the_report_is_written_as_a_file_with_the_columns_that_are_described(pipeline, settings, capsys, tmp_path, suffix):
+    page = (clvq_app.Path(clvq.__file__).parent / "book" / "files.md").read_text("utf8")
+    output = tmp_path / "new" / f"report.{suffix}"
+    assert clvq_app.main(["report", str(output), "--scale", "smoke", *settings]) == 0
+    if suffix == "html":
+        assert pipeline.concept_names[pipeline.report["concept"].iloc[0]] in output.read_text("utf8")
+        return
+    table = pd.read_parquet(output) if suffix == "parquet" else pd.read_csv(output)
+    assert len(table) == len(pipeline.report) and not [name for name in table if f"`{name}`" not in page]
+    assert clvq_app.main(["report", str(tmp_path / "report.doc")]) == 2
+
+
+def test_doctor_says_what_will_work_and_what_will_not(settings, tmp_path, capsys):
+    assert clvq_app.main(["doctor", "minilm", "movies", "--scale", "smoke", *settings]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line[:8].strip() for line in lines} == {"ok"}
+    text = "\n".join(lines)
+    assert "100 texts to train on, 60 to evaluate" in text and "the first position" in text and "minutes on this machine" in text
+    (tmp_path / "few.csv").write_text("text;label\n" + "".join(f"text {i};{'ab'[i % 2]}\n" for i in range(60)) + ";a\n")
+    assert clvq_app.main(["doctor", "minilm", str(tmp_path / "few.csv"), "--json"]) == 2
+    found = clvq.json.loads(capsys.readouterr().out)
+    notes = [finding["text"] for finding in found if finding["mark"] == "note"]
+    assert notes == ["read as separated by semicolons", "1 rows dropped as without text or label"]
+    assert [finding["about"] for finding in found if finding["mark"] == "PROBLEM"] == ["sizes"]
+    assert clvq_app.main(["doctor", str(tmp_path / "none"), str(tmp_path / "none.csv")]) == 2
+    problems = capsys.readouterr().out.splitlines()
+    assert len(problems) == 2 and all(line.startswith("PROBLEM") for line in problems)
