@@ -295,6 +295,7 @@ def explain(
     data: Annotated[str | None, Option(help="What it was, or will be, trained on: movies, news, a file, …")] = None,
     scale: Annotated[Scale, Option(help="Size of everything.")] = "laptop",
     top: Annotated[int, Option(help="How many concepts.")] = 5,
+    pair: Annotated[str | None, Option(metavar="TEXT", help="The second text, where the data has two.")] = None,
     versus: Annotated[str | None, Option(metavar="TEXT", help="Another text to compare it with.")] = None,
     steer: Annotated[int | None, Option(metavar="CONCEPT", help="Push this concept into the text by doses.")] = None,
     page: Annotated[Path | None, Option("--html", metavar="FILE", help="Also write a page.")] = None,
@@ -314,10 +315,15 @@ def explain(
       clvq explain "Shares fell" --model path/to/model -p finetune false --data news.csv -p label_column section
       clvq explain "a dull, overlong film" --versus "a moving film" --json
       clvq explain "a dull, overlong film" --steer 17
+      clvq explain "A man sleeps." --pair "He wakes." --data pairs.csv -p text_column premise -p pair_column claim
     """
-    from clvq_core import Pipeline, configure
+    from clvq_core import PAIR, Pipeline, configure
 
     settings = {**read_pairs(parameters), **({"model": model} if model else {}), **({"dataset": data} if data else {})}
+    if (pair is None) == bool(settings.get("pair_column")):
+        raise ValueError("--pair gives the second text where pair_column names that of the data: one needs the other")
+    if pair is not None:
+        text, versus = f"{text}{PAIR}{pair}", versus and f"{versus}{PAIR}{pair}"
     pipeline = Pipeline(configure(scale, **settings)).check()
     found: Any = pipeline.explain(text, top) if versus is None else pipeline.compare(text, versus)
     doses = None if steer is None else pipeline.steer(text, steer)

@@ -178,6 +178,8 @@ class CorpusSettings(Settings):
     """Column of a file or Hub data set that holds the text."""
     label_column: str = "label"
     """Column of a file that holds the class, as text or number."""
+    pair_column: str = ""
+    """Column of the second text where a row has two (entailment, question pairs); they are joined by `PAIR`."""
     train_sentences: Count | None = None
     """Training sentences to keep, classes in proportion; none: all (paper: 13,878)."""
     test_sentences: Count = 856
@@ -886,11 +888,18 @@ def find_column(frame: pd.DataFrame, column: str, name: str, kind: str) -> pd.Se
                      f"set {kind}_column to the right one")
 
 
-def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_column: str) -> pd.DataFrame:
-    """Columns text, label and, where there is one, split, of the rows that have a text and a label; ``attrs`` has notes
-    and incomplete, the number of other rows. ValueError if a column is missing or empty."""
+PAIR = "␞"
+"""What stands between two texts of one row."""
+
+
+def choose_columns(frame: pd.DataFrame, name: str, text_column: str, label_column: str,
+                   pair_column: str = "") -> pd.DataFrame:
+    """Columns text (two texts joined by `PAIR`), label and, where there is one, split, of the rows that have them;
+    ``attrs`` has notes and incomplete, the number of other rows. ValueError if a column is missing or empty."""
     notes = list(frame.attrs.get("notes", ()))
-    chosen = pd.DataFrame({"text": plain_texts(find_column(frame, text_column, name, "text"), notes),
+    text, *pairs = (plain_texts(find_column(frame, column, name, kind), notes).str.replace(PAIR, " ")
+                    for kind, column in (("text", text_column), ("pair", pair_column)) if column)
+    chosen = pd.DataFrame({"text": text + PAIR + pairs[0] if pairs else text,
                            "label": plain_labels(find_column(frame, label_column, name, "label"), name, notes)})
     for kind in chosen:
         if len(frame) and chosen[kind].isna().all():
@@ -1015,25 +1024,30 @@ def corpus_path(dataset: str) -> Path | None:
 UNSPACED = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 LETTER = rf"[^\W\p{{Han}}{UNSPACED}]"
 WORDS = {"whitespace": regex.compile(r"\S+"), "unicode": regex.compile(
-    rf"\p{{Han}}|[{UNSPACED}]\p{{M}}*|{LETTER}+(?:['’.\-]{LETTER}+)*|(?![\s\x1c-\x1f])\X")}
+    rf"\p{{Han}}|[{UNSPACED}]\p{{M}}*|{LETTER}+(?:['’.\-]{LETTER}+)*|(?![\s\x1c-\x1f{PAIR}])\X")}
 
 
 def split_words(text: str, how: str = "unicode") -> list[str]:
     """The words of a text: letters and digits with their accents and inner apostrophes, full stops and hyphens, and
     single marks; in scripts without blanks, characters (kana: runs). Or what blanks separate (``whitespace``: the
     authors, whose text is tokenised already)."""
-    return text.split() if how == "whitespace" else WORDS[how].findall(text)
+    return text.replace(PAIR, " ").split() if how == "whitespace" else WORDS[how].findall(text)
 
 
 def cut_words(text: str, n: int, how: str) -> str:
-    """The text up to the end of its n-th word."""
+    """The text up to the end of its n-th word; of two texts, each."""
+    if PAIR in text:
+        return PAIR.join(cut_words(part, n, how) for part in text.split(PAIR, 1))
     ends = [match.end() for match in itertools.islice(WORDS[how].finditer(text), n + 1)]
     return text if len(ends) <= n else text[:ends[n - 1]]
 
 
 def fits(texts: pd.Series, settings: CorpusSettings) -> pd.Series:
-    """Which texts have words, but no more than `max_words`."""
-    return texts.map(lambda text: 0 < len(split_words(text, settings.words)) <= settings.max_words).astype(bool)
+    """Which texts have words, but no more than `max_words`; of two, each."""
+    def fit(text: str) -> bool:
+        return all(0 < len(split_words(part, settings.words)) <= settings.max_words for part in text.split(PAIR, 1))
+
+    return texts.map(fit).astype(bool)
 
 
 def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
@@ -1043,9 +1057,11 @@ def read_corpus(settings: CorpusSettings) -> pd.DataFrame:
         return EMBEDDED[dataset]()
     if (name := dataset.partition(":")[0]) in PUBLISHED:
         return PUBLISHED[name](path, settings)
-    columns = (settings.text_column, settings.label_column)
-    frame = read_table(path, columns) if path and not path.is_dir() else read_hub(str(path or dataset),
-                                                                                   label_column=columns[1])
+    columns = (settings.text_column, settings.label_column, settings.pair_column)
+    if path and not path.is_dir():
+        frame = read_table(path, [column for column in columns if column])
+    else:
+        frame = read_hub(str(path or dataset), label_column=settings.label_column)
     corpus = choose_columns(frame, str(path or dataset), *columns)
     cut = corpus["text"].map(lambda text: cut_words(text, settings.max_words, settings.words))
     if changed := int((cut != corpus["text"]).sum()):
@@ -1197,11 +1213,19 @@ class LanguageModel:
         at = mask.sum(1) - 1 if self.summary == "last" else mask.sum(1) * 0
         return torch.arange(mask.shape[1], device=mask.device) == at[:, None]
 
+    def inputs(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> dict[str, Tensor]:
+        """What the model takes for a padded batch; a second text is what follows the first separator."""
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        if "token_type_ids" in self.tokenizer.model_input_names and self.tokenizer.sep_token_id is not None:
+            ends = (ids == self.tokenizer.sep_token_id).long()
+            inputs["token_type_ids"] = (((ends.cumsum(1) - ends) > 0) & mask).long()
+        return inputs
+
     def logits(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B C"]:
         """Logits of the classes for a padded batch; after a prompt, the scores of the answers' first tokens. One label
         against the rest has logits 0 and the label's, whose softmax is the label's sigmoid."""
         if not self.prompt:
-            logits = self.model(input_ids=ids, attention_mask=mask.long()).logits.float()
+            logits = self.model(**self.inputs(ids, mask)).logits.float()
             return logits if self.label is None else F.pad(logits[:, self.label, None], (1, 0))
         states = self.model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0]
         summaries = states[self.summary_mask(mask.to(states.device))]                       # (B, D)
@@ -1367,7 +1391,7 @@ def tokenize_prompt(tokenizer: Any, prompt: str, answers: Sequence[str], name: s
     A blank comes before the answer, unless the prompt ends in a new line or an opening mark. ValueError for a prompt
     without ``{text}`` or with nothing after it, and for answers that begin with the same token.
     """
-    if not prompt.partition("{text}")[2].strip():
+    if not prompt.partition("{text}")[2].replace("{pair}", "").strip() or prompt.endswith("{pair}"):
         raise ValueError(f"the prompt needs {{text}} where the text goes and words after {{text}}, unlike {prompt!r}")
     prompt, tokens = prompt.rstrip(" "), list[int]()
     gaps = ("", " ") if prompt[-1] in "\n\t([{<“‘«" else (" ", "")
@@ -1464,6 +1488,8 @@ class Encoded(NamedTuple):
     offsets: Int[Tensor, "S+1"]
     words: list[list[str]]
     """The words of each sentence, with those that the tokenizer cut or dropped."""
+    firsts: list[int]
+    """How many of them are of its first text, or its only one."""
 
 
 def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
@@ -1471,38 +1497,59 @@ def encode(lm: LanguageModel, texts: Sequence[str], config: Config) -> Encoded:
 
     A sub-word that spans several words belongs to the last of them; blanks belong to the word that follows. Tokenizers
     that do not see blanks get words one blank apart, so that all find the same words. Special tokens written out in a
-    text are read as text.
+    text are read as text. Two texts (`PAIR`) are given as two, and cut where the longer one ends. ValueError if only
+    some rows have two.
     """
     limit = min(config.max_tokens, lm.limit)
-    before, _, after = lm.prompt.partition("{text}")
+    before, _, rest = lm.prompt.partition("{text}")
+    middle, _, after = rest.rpartition("{pair}")                                            # of a prompt
     special = [token.content for token in lm.tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
     texts = [pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text).strip() for text in texts]
     words = [split_words(text, config.words) for text in texts]
-    texts = texts if lm.sees_blanks else [" ".join(each) for each in words]
-    asked = [before + text + after for text in texts]
+    parts = [[part.strip() for part in text.split(PAIR, 1)] for text in texts]
+    if not lm.sees_blanks:
+        parts = [[" ".join(split_words(part, config.words)) for part in each] for each in parts]
+    if pairs := {len(each) for each in parts} == {2}:
+        middle = middle or PAIR * bool(lm.prompt)
+    elif "{pair}" in lm.prompt or any(len(each) > 1 for each in parts):
+        raise ValueError("every row or none needs two texts, and a prompt {pair} where it says {text}")
+    if lm.prompt:
+        encodings = open_ended(lm.tokenizer, [before + middle.join(each) + after for each in parts])
+    else:
+        encodings = lm.tokenizer(*map(list, zip(*parts, strict=True)), verbose=False).encodings
     ids, word = [], []
-    encodings = open_ended(lm.tokenizer, asked) if lm.prompt else lm.tokenizer(asked, verbose=False).encodings
-    for text, names, encoding in zip(texts, words, encodings, strict=True):
-        word_ends = [0]
-        for name in names:
-            word_ends.append(text.index(name, word_ends[-1]) + len(name))
+    for each, names, encoding in zip(parts, words, encodings, strict=True):
         if not encoding.ids:                                                                # nothing that it reads
             ids.append(np.array([lm.tokenizer.pad_token_id]))
             word.append(np.array([-1]))
             continue
+        text, first = PAIR.join(each), len(each[0])
+        word_ends = [0]
+        for name in names:
+            word_ends.append(text.index(name, word_ends[-1]) + len(name))
         starts, ends = np.array(encoding.offsets).T - len(before)                           # characters of the text
-        inside = (np.array(encoding.special_tokens_mask) == 0) & (ends > 0) & (starts < len(text)) & bool(names)
+        inside = (np.array(encoding.special_tokens_mask) == 0) & (ends > 0) & bool(names)
+        second = np.array([of == 1 for of in encoding.sequence_ids])
+        if lm.prompt and pairs:
+            second = ends > first + len(middle)
+            inside &= second | (starts < first)
+            starts, ends = (place - second * (first + len(middle)) for place in (starts, ends))
+        starts, ends = (place + second * (first + 1) for place in (starts, ends))
+        inside &= starts < len(text)
         inside[-1] &= not lm.prompt                                                         # a prompt's summary
-        removable = np.flatnonzero(inside & (ends <= len(text)))
-        if (others := len(inside) - len(removable)) > limit:
-            raise ValueError(f"max_tokens {limit} leaves no room for text, which {others} sub-words surround")
-        cut = removable[limit - others:]
+        removable = [np.flatnonzero(inside & (ends <= len(text)) & (second == side)) for side in (False, True)]
+        sizes = [len(places) for places in removable]
+        if (room := limit - (len(inside) - sum(sizes))) < 0:
+            raise ValueError(f"max_tokens {limit} leaves no room for text, which {limit - room} sub-words surround")
+        keep = min(sizes[1], max(room // 2, room - sizes[0]))                               # of the second text
+        cut = np.concatenate([removable[0][room - keep:], removable[1][keep:]])
         last = np.maximum(starts, ends - 1).clip(max=len(text) - 1)
         ids.append(np.delete(encoding.ids, cut))
         word.append(np.delete(np.where(inside, np.searchsorted(word_ends, last, side="right") - 1, -1), cut))
     return Encoded(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(word)),
-                   torch.tensor([0, *map(len, ids)]).cumsum(0), words)
+                   torch.tensor([0, *map(len, ids)]).cumsum(0), words,
+                   [len(split_words(each[0], config.words)) for each in parts])
 
 
 def pad_ids(lm: LanguageModel, encoded: Encoded,
@@ -1661,7 +1708,7 @@ def layer_states(lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "B T
                 module = owner if layer == top else blocks[layer - 1]
                 hook = module.register_forward_hook(lambda _, __, output, layer=layer: record(layer, output))
             undo.enter_context(hook)
-        lm.model.base_model(input_ids=ids, attention_mask=mask.long())
+        lm.model.base_model(**lm.inputs(ids, mask))
     return states
 
 
@@ -1709,8 +1756,11 @@ def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
     """
     refusal = f"model {lm.name!r} ({lm.model.config.model_type}) cannot be explained here:"
     lm.block_list()                                                                         # refused without one
-    blank = " " if lm.sees_blanks else ""
-    encoded = encode(lm, [*TRIAL_TEXTS, " ".join(TRIAL_TEXTS * 100)], configure("smoke", max_tokens=512))
+    blank = " " if lm.sees_blanks and "{pair}" not in lm.prompt else ""
+    texts = [*TRIAL_TEXTS, " ".join(TRIAL_TEXTS * 100)]
+    if "{pair}" in lm.prompt:
+        texts = [text.replace(" ", PAIR, 1) for text in texts]
+    encoded = encode(lm, texts, configure("smoke", max_tokens=512))
     for text, begin, end in zip(TRIAL_TEXTS, encoded.offsets, encoded.offsets[1:], strict=False):
         ids = encoded.ids[begin:end][encoded.word[begin:end] >= 0]
         read = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -1746,9 +1796,10 @@ def check_model(lm: LanguageModel, layers: Sequence[int]) -> None:
 def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     """One row for the summary and for each word that has sub-words, in the order of the text.
 
-    Columns: sentence, position (0 summary, words from 1), word, is_summary, first and last (sub-words, counted over all
-    sentences). A summary that is a text's last sub-word is so beside the word that it ends; one that is the mean spans
-    them all. ``attrs["lost"]`` counts words without sub-words: cut, dropped by the tokenizer, or merged with others.
+    Columns: sentence, position (0 summary, words from 1), word, is_summary, text (1 or 2, where rows have two), first
+    and last (sub-words, counted over all sentences). A summary that is a text's last sub-word is so beside the word
+    that it ends; one that is the mean spans them all. ``attrs["lost"]`` counts words without sub-words: cut, dropped by
+    the tokenizer, or merged with others.
     """
     subwords = pd.DataFrame({"sentence": torch.repeat_interleave(encoded.offsets.diff()).numpy(),
                              "position": encoded.word.numpy() + 1, "at": np.arange(len(encoded.ids))})
@@ -1763,6 +1814,8 @@ def align_words(lm: LanguageModel, encoded: Encoded) -> pd.DataFrame:
     tokens.insert(2, "word", [encoded.words[sentence][position - 1] if position else summary
                               for sentence, position in zip(tokens["sentence"], tokens["position"], strict=True)])
     tokens.insert(3, "is_summary", tokens["position"] == 0)
+    if encoded.firsts != list(map(len, encoded.words)):
+        tokens.insert(4, "text", np.where(tokens["position"] > np.array(encoded.firsts)[tokens["sentence"]], 2, 1))
     tokens.attrs["lost"] = sum(map(len, encoded.words)) + len(encoded.words) - len(tokens)
     return tokens
 
@@ -2930,8 +2983,9 @@ class Explanation:
     chances: dict[str, float]
     """The language model's probability of each class, the highest first."""
     words: pd.DataFrame
-    """A row per word, in order: word, salience, concept, concept_words, label and purity (the class of most of the
-    concept's training states, their share), change (of the first class's probability without the concept)."""
+    """A row per word, in order: word, salience, concept, text (1 or 2, where there are two), concept_words, label and
+    purity (the class of most of the concept's training states, their share), change (of the first class's probability
+    without the concept)."""
     control: tuple[float, float, float]
     """That change for random concepts: mean, lowest, highest."""
     examples: dict[int, list[str]]
@@ -2942,8 +2996,10 @@ class Explanation:
         """The words whose concepts have examples, the most salient first, all as text."""
         words = self.words[self.words["concept"].isin(list(self.examples))]
         words = words.sort_values("salience", ascending=False, kind="stable")
+        marks = [f"{word} (text 2)" if text == 2 else word
+                 for word, text in zip(words["word"], words.get("text", 1 + 0 * words["concept"]), strict=True)]
         return pd.DataFrame({
-            "word": words["word"], "salience": words["salience"].map("{:.2f}".format),
+            "word": marks, "salience": words["salience"].map("{:.2f}".format),
             "concept": words["concept"].map("#{}".format), "class": of_class(words["label"], words["purity"]),
             "without it": words["change"].map("{:+.3f}".format), "words of the concept": words["concept_words"]})
 
@@ -2972,8 +3028,11 @@ class Explanation:
         """A card in which nothing is markup but its own."""
         shades = self.words["salience"].clip(lower=0) / max(self.words["salience"].abs().max(), 1e-9)
         style = "padding: 0 .15em; background: rgba(230, 120, 30"
-        text = " ".join(f'<span style="{style}, {shade:.2f})">{html.escape(word)}</span>'
-                        for shade, word in zip(shades, self.words["word"], strict=True))
+        spans = [f'<span style="{style}, {shade:.2f})">{html.escape(word)}</span>'
+                 for shade, word in zip(shades, self.words["word"], strict=True)]
+        if "text" in self.words:
+            spans.insert(int((self.words["text"] == 1).sum()), f"<b>{PAIR}</b>")
+        text = " ".join(spans)
         chances = "".join(f'<div><meter max="1" value="{chance:.3f}"></meter> {chance:.3f} {html.escape(name)}</div>'
                           for name, chance in self.chances.items())
         with pd.option_context("display.max_colwidth", None):                   # cut nothing
@@ -4963,7 +5022,8 @@ class Pipeline:
         chances = pd.Series(logits[0].softmax(0).numpy(), self.label_names).sort_values(ascending=False, kind="stable")
         changes = effects[~effects["control"]].set_index("concept")["confidence"]
         random = effects.loc[effects["control"], "confidence"]
-        words = tokens.loc[~tokens["is_summary"], ["word", "salience", "concept"]]
+        columns = ["word", "salience", "concept", *tokens.columns.intersection(["text"])]
+        words = tokens.loc[~tokens["is_summary"], columns]
         about = self.concepts.set_index("concept").loc[words["concept"]]
         words = words.assign(concept_words=about["word_counts"].map(top_words).to_numpy(),
                              label=about["label"].to_numpy(), purity=about["purity"].to_numpy(),

@@ -328,3 +328,18 @@ def test_doctor_says_what_will_work_and_what_will_not(settings, tmp_path, capsys
     assert clvq_app.main(["doctor", str(tmp_path / "none"), str(tmp_path / "none.csv")]) == 2
     problems = capsys.readouterr().out.splitlines()
     assert len(problems) == 2 and all(line.startswith("PROBLEM") for line in problems)
+
+
+def test_two_texts_are_explained_with_a_mark_of_which_is_which(tmp_path, capsys):
+    rows = [(f"the lamp {i} is {'on' if i % 3 else 'off'}", "it is on", "yes" if i % 3 else "no") for i in range(120)]
+    pd.DataFrame(rows, columns=["premise", "hypothesis", "label"]).to_csv(tmp_path / "pairs.csv", index=False)
+    settings = {**QUICK, "text_column": "premise", "pair_column": "hypothesis", "train_sentences": 60, "test_sentences": 24, "n_codes": 10}
+    words = [word for name, value in settings.items() for word in ("-p", name, str(value))]
+    command = ["explain", "the lamp 3 is off", "--data", str(tmp_path / "pairs.csv"), "--scale", "smoke", *words]
+    assert clvq_app.main([*command, "--pair", "it is on", "--html", str(tmp_path / "card.html")]) == 0
+    assert clvq.PAIR in capsys.readouterr().out and f"<b>{clvq.PAIR}</b>" in (tmp_path / "card.html").read_text("utf8")
+    pipeline = clvq.Pipeline(clvq.configure("smoke", dataset=str(tmp_path / "pairs.csv"), **settings))
+    found = pipeline.explain(f"the lamp 3 is off{clvq.PAIR}it is on", top=10)
+    assert found.words["text"].tolist() == [1] * 5 + [2] * 3 and found.table["word"].str.contains("(text 2)", regex=False).any()
+    assert (pipeline.activations("train").tokens["text"] == 2).any() and pipeline.train["text"].str.count(clvq.PAIR).eq(1).all()
+    assert clvq_app.main(command) == 2

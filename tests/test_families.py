@@ -547,6 +547,76 @@ def test_texts_are_cut_to_the_positions_that_the_model_has(tmp_path):
     assert max(clvq.encode(lm, [CASES["longer than the model"]], clvq.configure("smoke")).offsets.diff()) == 48
 
 
+# --- two texts -------------------------------------------------------------------------------------------------------
+
+PAIRS = [("the kettle works well .", "it's broken ?!"), ("dull", "a long , long story , and then some"), ("fine", "fine")]
+
+
+@pytest.mark.parametrize("name", ["Bert", "Albert", "DebertaV2", "Roberta", "GPT2", "Llama"])
+def test_two_texts_are_read_as_the_models_own_tokenizer_gives_them(name, tmp_path):
+    if name in DECODERS:
+        folder = save_classifier(tmp_path, name, "byte-level", True, **DECODERS[name][1], pad_token_id=1)
+    else:
+        kind, sizes = ENCODERS.get(name, ("unigram", {}))
+        folder = save_encoder(tmp_path, name, kind, **sizes)
+    if name != "GPT2":  # whose tokenizer here puts nothing between texts
+        trained = transformers.AutoTokenizer.from_pretrained(folder)
+        if name in ENCODERS or name == "Albert":
+            trained.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+            if name not in ("Roberta",):
+                trained.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+            trained.save_pretrained(folder)
+    lm = clvq.load_language_model(folder)
+    clvq.check_model(lm, [1, 3])
+    encoded = clvq.encode(lm, [clvq.PAIR.join(pair) for pair in PAIRS], setup())
+    logits = clvq.predict(lm, encoded, setup())
+    for i, pair in enumerate(PAIRS):
+        if not lm.sees_blanks:
+            pair = tuple(" ".join(clvq.split_words(part)) for part in pair)
+        given = lm.tokenizer(*pair, return_tensors="pt")
+        begin, end = encoded.offsets[i:i + 2]
+        assert encoded.ids[begin:end].tolist() == given.input_ids[0].tolist()
+        with torch.no_grad():
+            torch.testing.assert_close(lm.model(**given).logits[0], logits[i], rtol=0, atol=1e-4)
+    tokens = clvq.align_words(lm, encoded)
+    words = tokens[~tokens["is_summary"]]
+    for i, (one, two) in enumerate(PAIRS):
+        mine = words[words["sentence"] == i]
+        for number, text in ((1, one), (2, two)):
+            assert set(mine.loc[mine["text"] == number, "word"]) <= set(clvq.split_words(text))
+        assert len(mine) + (tokens.attrs["lost"] > 0) >= 2
+
+
+def test_two_texts_that_are_too_long_are_cut_where_the_longer_one_ends(tmp_path, refused):
+    lm = clvq.load_language_model(save_encoder(tmp_path, "Bert", "wordpiece"))
+    encoded = clvq.encode(lm, [clvq.PAIR.join(["good " * 90, "bad " * 5]), clvq.PAIR.join(["good " * 90, "bad " * 90])], setup())
+    tokens = clvq.align_words(lm, encoded)
+    counts = tokens[~tokens["is_summary"]].groupby(["sentence", "text"]).size()
+    assert counts.loc[0, 2] == 5 and counts.loc[0, 1] > 40 and abs(counts.loc[1, 1] - counts.loc[1, 2]) <= 1
+    with refused("every row or none"):
+        clvq.encode(lm, ["one", f"one{clvq.PAIR}two"], setup())
+
+
+@pytest.mark.parametrize("family", ["Llama"], indirect=True)
+def test_a_prompt_may_hold_two_texts(family, refused):
+    asked = ("Does {text}\nfollow from {pair}?\nAnswer:", ANSWERS)
+    lm = clvq.load_language_model(str(family[1]), asked=asked)
+    clvq.check_model(lm, [1, 3])
+    text = clvq.PAIR.join(["it works well", "the kettle works"])
+    encoded = clvq.encode(lm, [text], setup())
+    read, _ = read_and_written(lm, encoded.ids, "")
+    assert read == "Does it works well follow from the kettle works? Answer:"
+    tokens = clvq.align_words(lm, encoded)
+    assert tokens["word"].tolist() == [*clvq.split_words(text), "[END]"] and tokens["text"].tolist()[:6] == [1, 1, 1, 2, 2, 2]
+    for row in tokens[~tokens["is_summary"]].itertuples():
+        assert lm.tokenizer.decode(encoded.ids[row.first:row.last + 1]).strip() == row.word
+    with refused("two texts"):
+        clvq.encode(lm, ["one"], setup())
+    with refused("after {text}"):
+        clvq.load_language_model(str(family[1]), asked=("Does {text} follow from {pair}", ANSWERS))
+
+
 # --- weights and tokenizers -----------------------------------------------------------------------------------------
 
 
