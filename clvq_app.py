@@ -429,14 +429,13 @@ def examine(pipeline: Pipeline) -> Iterator[Finding]:
                 "get the model's own answers")
 
     def reads() -> str:
-        encoded, texts = core.encode(lm, sample, config), len(sample)
-        lost = core.align_words(lm, encoded).attrs["lost"]
-        longest = int(encoded.offsets.diff().max())
-        return (f"of {texts:,} texts, the longest has {longest} sub-words of {min(lm.limit, config.max_tokens)}; "
-                f"{lost:,} words are cut or dropped by the tokenizer")
+        lost, longest = core.align_words(lm, encoded).attrs["lost"], int(encoded.offsets.diff().max())
+        share = lost / max(1, sum(map(len, encoded.words)))
+        return (f"of {len(sample):,} texts, the longest has {longest} sub-words of {min(lm.limit, config.max_tokens)}; "
+                f"{share:.1%} of words are cut or dropped by the tokenizer")
 
     def cost() -> str:
-        tokens = len(core.encode(lm, sample, config).ids) / len(sample)
+        tokens = len(encoded.ids) / len(sample)
         per_text = 2 * lm.block_weights * tokens / speed / 60
         n_train, n_test = len(pipeline.train), len(pipeline.test)
         minutes = {"fine-tuning": 3 * n_train * config.finetune_epochs * per_text * config.finetune,
@@ -464,6 +463,7 @@ def examine(pipeline: Pipeline) -> Iterator[Finding]:
     yield (tried := next(look("door", door)))
     if tried.mark == "ok":
         lm, sample = pipeline.load_classifier(config.finetune), pipeline.train["text"].head(500).tolist()
+        encoded = core.encode(lm, sample, config)
         size = sum(map(torch.Tensor.numel, lm.model.parameters()))
         where = {"first": "the first position", "last": "the last position", "mean": "the mean of all positions"}
         yield Finding("ok", "summary", f"its head reads {where[lm.summary]}; {size / 1e6:,.1f} million weights")

@@ -1662,7 +1662,7 @@ def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Te
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
     (owner, _), settings, states, tokenizer = lm.block_list(), lm.model.config, torch.empty(0), lm.tokenizer
-    word = next(i for i in range(lm.tokenizer.vocab_size) if i not in tokenizer.all_special_ids)
+    ordinary = next(i for i in range(tokenizer.vocab_size) if i not in tokenizer.all_special_ids)
 
     def replace_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
@@ -1670,7 +1670,8 @@ def blocks_above(lm: LanguageModel, layer: int) -> Iterator[Callable[[Tensor, Te
     def logits_of(new_states: Tensor, mask: Tensor) -> Tensor:
         nonlocal states
         states = new_states.to(lm.model.base_model.dtype)
-        return lm.logits(torch.full_like(mask, tokenizer.pad_token_id, dtype=torch.long).masked_fill(mask, word), mask)
+        ids = torch.full_like(mask, tokenizer.pad_token_id, dtype=torch.long)
+        return lm.logits(ids.masked_fill(mask, ordinary), mask)                             # heads look for padding
 
     with limit_blocks(lm, layer, lm.n_layers) as blocks, ExitStack() as undo:
         if blocks:
