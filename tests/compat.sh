@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tries every family of models that transformers has, and runs every notebook at smoke scale, by its Colab cell, in throw-away
 # environments: tests/compat.sh families colab lowest
-#   families  in the environment that `make test` uses; writes book/families.csv
+#   families  in the environment that `make test` uses; writes book/families.inc
 #   colab   what Colab's CPU image has (August 2026), and nothing besides but what the cell installs
 #   lowest  the lowest versions that pyproject.toml allows, with what else notebooks need
 # Needs Python 3.13 (colab) and 3.11 (lowest), a registry, and some GB: there, torch comes with CUDA. Not run by `make test`.

@@ -1,6 +1,6 @@
 """Every family of models that transformers knows, made tiny with random weights: what the door says of each.
 
-`make compat` runs it (minutes), `make test` does not. A full run writes book/families.csv, the table of the page "Models and data".
+`make compat` runs it (minutes), `make test` does not. A full run writes book/families.inc, a part of the page "Models and data".
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import clvq_core as clvq
 
-TABLE = Path(__file__).parents[1] / "book" / "families.csv"
+PAGE = Path(__file__).parents[1] / "book" / "families.inc"
 FAMILIES = [(kind, family, classes if isinstance(classes, str) else classes[0])
             for kind, mapping in (("classifier", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
                                   ("continues text", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -57,13 +57,18 @@ def make_small(config: transformers.PretrainedConfig) -> transformers.Pretrained
 
 
 @pytest.fixture(scope="module", autouse=True)
-def table():
-    """After a full run, the table: what came out, for which kind of model, and of which families."""
+def page():
+    """After a full run, the page: what came out, and of which families, the most frequent first."""
     yield
     if len(RESULTS) == len(FAMILIES):
-        rows = pd.DataFrame([(kind, result, family) for (kind, family), result in RESULTS.items()], columns=["as a", "result", "families"])
-        grouped = rows.groupby(["as a", "result"], sort=False)["families"].agg(number="size", families=", ".join)
-        grouped.reset_index().sort_values(["as a", "number"], ascending=[True, False], kind="stable").to_csv(TABLE, index=False)
+        lines = []
+        for kind in ("classifier", "continues text"):
+            results = pd.Series({family: result for (one, family), result in RESULTS.items() if one == kind})
+            lines += ["", "**As classifiers**" if kind == "classifier" else "**As models that continue text**", ""]
+            for result, number in results.value_counts().items():
+                families = ", ".join(results.index[results == result])
+                lines.append(f"- *{result.replace('`', '').replace('*', '')}* ({number}): {families}")
+        PAGE.write_text("\n".join(lines).strip() + "\n", "utf8")
 
 
 @pytest.fixture(scope="module")
