@@ -747,9 +747,9 @@ def parse_table(text: str, columns: Sequence[str], notes: list[str]) -> pd.DataF
         notes.append(f"read as separated by {SEPARATORS[separator]}")
     csv.field_size_limit(2**31 - 1)
     rows = parse_rows(text, separator, csv.QUOTE_MINIMAL)
-    if any(len(row) != len(rows[0]) for row in rows):
-        plain = parse_rows(text, separator, csv.QUOTE_NONE)
-        if all(len(row) == len(plain[0]) for row in plain):
+    if any(len(row) != len(rows[0]) or any("\n" in field for field in row) for row in rows):
+        plain = parse_rows(text, separator, csv.QUOTE_NONE)             # more rows if a mark that is not closed hid some
+        if len(plain) > len(rows) and all(len(row) == len(plain[0]) for row in plain):
             notes.append("quotation marks read as text")
             rows = plain
     if not rows:
@@ -1335,6 +1335,9 @@ def find_model(name: str) -> Path:
     if (folder := Path(name).expanduser()).is_dir():
         if (folder / "adapter_config.json").exists():
             base = json.loads((folder / "adapter_config.json").read_text("utf8")).get("base_model_name_or_path")
+            if not (folder / "adapter_model.safetensors").exists():
+                raise ValueError(f"model {name!r} is an adapter without adapter_model.safetensors, and pickles are never "
+                                 "read here: save it again with the package peft")
             if not importlib.util.find_spec("peft"):
                 raise ValueError(f"model {name!r} is an adapter of {base}, which the package peft merges: "
                                  "pip install peft")

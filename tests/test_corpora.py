@@ -248,6 +248,7 @@ TABLE = "body,stars\n" + "".join(f"text {i},{'good' if i % 2 else 'bad'}\n" for 
         ("a.csv", "\ufeff" + TABLE, ""),
         ("a.csv", TABLE.replace("good\n", "good,\n").replace("bad\n", "bad,,\n"), ""),
         ("a.csv", TABLE.replace("text 7", '"text 7'), "quotation marks read as text"),
+        ("a.csv", TABLE.replace("text 7,", '"text 7,').replace("text 12", 'text" 12'), "quotation marks read as text"),
         ("a.csv", TABLE.replace("text 7", '"text\n7, or ""7"""'), ""),
         ("a.csv", TABLE.replace("body,stars", " Body , STARS"), ""),
     ],

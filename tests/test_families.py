@@ -647,6 +647,9 @@ def test_folders_that_lack_something_say_what(refused, tmp_path):
     with refused("no configuration that can be loaded"):
         clvq.load_language_model(str(folder))
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    with refused("without adapter_model.safetensors"):
+        clvq.load_language_model(str(folder))
+    (folder / "adapter_model.safetensors").touch()
     with refused("some/base"):  # whether the package is there or not
         clvq.load_language_model(str(folder))
 
