@@ -36,6 +36,6 @@ def test_a_notebook_runs_under_papermill_alone(tmp_path):
 def test_tables_of_most_notebooks_are_compared_but_for_decimals():
     """Their counts, words, names and order, which do not differ from processor to processor."""
     compared = {path.stem: path.read_text().count('"nbval-check-output"') for path in (ROOT / "notebooks").glob("*.ipynb")}
-    assert sum(compared.values()) >= 20 and sum(count > 0 for count in compared.values()) >= 7
+    assert sum(compared.values()) >= 18 and sum(count > 0 for count in compared.values()) >= 6
     done = run("pytest", "--nbval-lax", "--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "notebooks")
     assert done.returncode == 0, done.stdout[-3000:]
