@@ -30,7 +30,7 @@ settings.register_profile("clvq", deadline=None, derandomize=True, max_examples=
 settings.load_profile("clvq")
 
 
-FIRST = ["test_notebooks", "test_sweeps", "test_runs", "test_rating_page", "test_book"]
+FIRST = ["test_notebooks", "test_families", "test_sweeps", "test_runs", "test_rating_page", "test_book"]
 """Files that take longest: in several processes (-n) they begin first, so that all end together."""
 
 
