@@ -1336,8 +1336,8 @@ def find_model(name: str) -> Path:
         if (folder / "adapter_config.json").exists():
             base = json.loads((folder / "adapter_config.json").read_text("utf8")).get("base_model_name_or_path")
             if not (folder / "adapter_model.safetensors").exists():
-                raise ValueError(f"model {name!r} is an adapter without adapter_model.safetensors, and pickles are never "
-                                 "read here: save it again with the package peft")
+                raise ValueError(f"model {name!r} is an adapter without adapter_model.safetensors, and pickles are "
+                                 "never read here: save it again with the package peft")
             if not importlib.util.find_spec("peft"):
                 raise ValueError(f"model {name!r} is an adapter of {base}, which the package peft merges: "
                                  "pip install peft")
