@@ -748,7 +748,7 @@ def parse_table(text: str, columns: Sequence[str], notes: list[str]) -> pd.DataF
     csv.field_size_limit(2**31 - 1)
     rows = parse_rows(text, separator, csv.QUOTE_MINIMAL)
     if any(len(row) != len(rows[0]) or any("\n" in field for field in row) for row in rows):
-        plain = parse_rows(text, separator, csv.QUOTE_NONE)             # more rows if a mark that is not closed hid some
+        plain = parse_rows(text, separator, csv.QUOTE_NONE)             # more rows if an open mark hid some
         if len(plain) > len(rows) and all(len(row) == len(plain[0]) for row in plain):
             notes.append("quotation marks read as text")
             rows = plain
