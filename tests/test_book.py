@@ -1,6 +1,7 @@
 """The book builds from a clean clone without a network, loads nothing from one, and shows what today's code makes."""
 
 import ast
+import html
 import json
 import os
 import re
@@ -85,6 +86,18 @@ def test_every_notebook_is_in_the_contents_and_every_entry_is_a_page():
     assert not {f"notebooks/{path.stem}" for path in NOTEBOOKS} - set(toc())
     assert not [name for name in toc() if not any((ROOT / f"{name}{ending}").exists() for ending in (".md", ".ipynb"))]
     assert not {f"book/{page}" for page in PROSE} - set(toc())
+
+
+def test_every_claim_says_what_would_hold_and_refute_it_and_stands_on_its_page():
+    told = yaml.safe_load((ROOT / "book" / "claims.yml").read_text("utf8"))
+    needed = {"id", "whose", "where", "family", "claim", "quantity", "data", "control", "holds_if", "refuted_if", "seen"}
+    for claim in told["claims"]:
+        assert needed <= set(claim) <= needed | {"before"}, claim["id"]
+        assert all(isinstance(value, str) and value.strip() for value in claim.values()), claim["id"]
+        assert claim["whose"] in ("paper", "ours") and claim["holds_if"] != claim["refuted_if"]
+    assert len({claim["id"] for claim in told["claims"]}) == len(told["claims"])
+    linked = re.findall(r"\[[Cc]laims? ([A-Z]\d+)(?: and ([A-Z]\d+))?\]", "".join(PROSE.values()))
+    assert linked and {name for pair in linked for name in pair if name} <= {claim["id"] for claim in told["claims"]}
 
 
 @pytest.mark.parametrize("twin", TWINS, ids=lambda path: path.stem)
@@ -301,6 +314,14 @@ def test_pages_ask_for_nothing_but_files_and_tables_sort_and_concepts_open_in_a_
         tab.get_by_role("heading", name="Concept #").wait_for()
         assert not [address for address in asked if not address.startswith(("file:", "data:", "blob:"))] and not errors
         browser.close()
+
+
+def test_the_page_of_claims_shows_every_claim_and_rule(built):
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", (built / "book" / "claims.html").read_text("utf8")))
+    told = yaml.safe_load((ROOT / "book" / "claims.yml").read_text("utf8"))
+    for claim in told["claims"]:
+        assert f"{claim['id']}. {claim['claim']}" in html.unescape(page).replace("’", "'"), claim["id"]
+    assert page.count("Refuted if") == len(told["claims"])
 
 
 def test_every_image_has_alt_text(built):

@@ -7,6 +7,7 @@
 * ``{notebook-figure}``: a figure of one page on another. ``{glue}`` can do it for text alone: it loses alt text and file.
 * ``{concept-explorer}``: the page to look around in, made at build from the table that a notebook stores, so that its
   libraries are in the built book alone.
+* The page of claims is made of book/claims.yml, so that a criterion stands in one place.
 * Tables of the class ``sortable`` can be sorted, by DataTables, whose script stands in the page: nothing is loaded.
 """
 import base64
@@ -15,11 +16,13 @@ import os
 import re
 from pathlib import Path
 
+import yaml
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
 EXECUTED = ROOT / "book" / "executed"
+CLAIMS = ROOT / "book" / "claims.yml"
 EXPLORER = "application/vnd.clvq.explorer+json"
 
 
@@ -44,7 +47,28 @@ def choose_what_runs(app, config):
     ]
 
 
+ASKED = {"quantity": "Measured", "data": "On", "control": "Beside it", "holds_if": "Holds if", "refuted_if": "Refuted if",
+         "seen": "Seen before this was written", "before": "As it was written first"}
+
+
+def claim_text(path):
+    """The rules and claims of a file as MyST: each claim a heading, then a line for each thing that is said of it."""
+    told = yaml.safe_load(path.read_text("utf8"))
+    lines = [f"Written {told['written']}.", "", "## Rules for all", ""]
+    lines += [f"- **{name.capitalize()}.** {rule}" for name, rule in told["rules"].items()]
+    for whose, title in (("paper", "Claims of the paper"), ("ours", "Claims of this book")):
+        lines += ["", f"## {title}", ""]
+        for claim in (claim for claim in told["claims"] if claim["whose"] == whose):
+            lines += [f"({claim['id'].lower()}-claim)=", f"### {claim['id']}. {claim['claim']}", "",
+                      f"*{claim['where'][0].upper()}{claim['where'][1:]}; family: {claim['family']}.*", ""]
+            lines += [f"- **{title}**: {claim[name]}" for name, title in ASKED.items() if name in claim] + [""]
+    return "\n".join(lines)
+
+
 def read_twin(app, docname, source):
+    if docname == "book/claims":
+        app.env.note_dependency(str(CLAIMS))
+        source[0] += "\n" + claim_text(CLAIMS)
     path = stored(docname)
     if docname.startswith("notebooks/") and path.parent == EXECUTED:
         app.env.note_dependency(str(path))
