@@ -662,12 +662,14 @@ def size_of(folder: Path) -> int:
 # 2 Notebooks, and sweeps from a file
 # ======================================================================================================================
 def notebook_key(path: Path) -> str:
-    """Hash of a notebook's code cells and of the steps' versions: what its outputs depend on, settings aside."""
+    """Hash of a notebook's code cells and of the steps' versions: what its outputs depend on, settings aside. A version
+    counts once it was raised: a new step changes nothing for notebooks whose code stays as it was."""
     import clvq_core as core
 
     cells = [cell for cell in json.loads(path.read_text("utf8"))["cells"]
              if cell["cell_type"] == "code" and "injected-parameters" not in cell["metadata"].get("tags", [])]
-    return core.hash_text(["".join(cell["source"]) for cell in cells], core.step_versions())
+    raised = {name: version for name, version in core.step_versions().items() if version > 1}
+    return core.hash_text(["".join(cell["source"]) for cell in cells], raised)
 
 
 def parameters_of(path: Path) -> dict[str, str]:

@@ -86,7 +86,7 @@ __all__ = [
     # 3 configuration
     "Config", "configure",
     # 4 corpora
-    "load_corpus", "split_words",
+    "load_corpus", "split_words", "plant",
     # 5 language models
     "LanguageModel", "load_language_model", "check_model", "finetune", "encode", "predict",
     # 6 activations, 7 salience
@@ -102,6 +102,7 @@ __all__ = [
     # 13 faithfulness
     "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate",
     "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects",
+    "effects_by_concept",
     "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank", "verdict",
     "compare_methods",
     # 14 human evaluation
@@ -1119,6 +1120,38 @@ def load_corpus(settings: CorpusSettings) -> pd.DataFrame:
                     "dropped": dropped, "notes": notes,
                     "hash": hash_text(corpus.to_dict("list"), names)}
     return corpus
+
+
+def plant(corpus: pd.DataFrame, phrases: Sequence[str], label: str, share: float = 0.25, agree: float = 1,
+          seed: int = 0) -> pd.DataFrame:
+    """A corpus with a shortcut that is known: columns text, label (names), split, planted (the phrase put in, or "").
+
+    One of the phrases (synonyms, if there are several) stands between two words of ``share`` of the training texts, of
+    which ``agree`` now have the class ``label`` and the rest another. Half of the evaluation texts get one too and keep
+    their class, so that whether a model follows shows in those of other classes. After Bastings et al. (EMNLP 2022).
+    ValueError for a phrase without words, an unknown class, texts of pairs, or shares outside 0 to 1.
+    """
+    names, draw = corpus.attrs["label_names"], np.random.default_rng(seed)
+    if not phrases or not all(split_words(phrase) for phrase in phrases):
+        raise ValueError(f"each phrase to plant needs a word, and these are {list(phrases)}")
+    if label not in names:
+        raise ValueError(f"label {label!r} is none of the classes {', '.join(names)}")
+    if not (0 < share <= 1 and 0 <= agree <= 1):
+        raise ValueError(f"share must be above 0, agree at least 0 and both at most 1, not {share} and {agree}")
+    if corpus["text"].str.contains(PAIR).any():
+        raise ValueError("a shortcut cannot be planted into pairs of texts")
+    texts, labels = corpus["text"].tolist(), corpus["label"].map(names.__getitem__).tolist()
+    planted, others = [""] * len(texts), [name for name in names if name != label]
+    for split, portion in (("train", share), ("test", 0.5)):
+        rows = draw.permutation(np.flatnonzero(corpus["split"] == split)).tolist()
+        rows = rows[:round(portion * len(rows))]
+        for i, row in enumerate(rows):
+            words, planted[row] = texts[row].split(), phrases[int(draw.integers(len(phrases)))]
+            words.insert(int(draw.integers(len(words) + 1)), planted[row])
+            texts[row] = " ".join(words)
+            if split == "train":
+                labels[row] = label if i < agree * len(rows) else others[int(draw.integers(len(others)))]
+    return pd.DataFrame({"text": texts, "label": labels, "split": corpus["split"].to_numpy(), "planted": planted})
 
 
 # ======================================================================================================================
@@ -3819,6 +3852,22 @@ def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tok
     return pairs.assign(confidence=change.numpy(), flipped=(after.argmax(1) != choice).numpy())
 
 
+def effects_by_concept(effects: pd.DataFrame) -> pd.DataFrame:
+    """A row per concept of sentences, from `concept_effects`: concept, sentences (that have it), effect (mean change of
+    the probability of the model's own answer, less that of random concepts in the same sentence) with effect_low and
+    effect_high (95 %, Student's t over sentences), p (of no effect), flipped (share of answers that change)."""
+    control = effects["control"]
+    random = effects[control].groupby("sentence")["confidence"].mean()
+    own = effects[~control]
+    own = own.assign(effect=own["confidence"] - own["sentence"].map(random).fillna(0))
+    rows = []
+    for concept, part in own.groupby("concept"):
+        effect = interval(part["effect"].to_numpy()[:, None])
+        rows.append({"concept": concept, "sentences": len(part), **effect.columns("effect"), "p": effect.p,
+                     "flipped": part["flipped"].mean()})
+    return pd.DataFrame(rows)
+
+
 def overlaps(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K K"]:
     """For each code and each of another codebook: among positions that have either, the share of those that have both
     (Jaccard). 0 for a code without positions."""
@@ -4978,16 +5027,7 @@ class Pipeline:
         p and p_adjusted (of no effect; Benjamini-Hochberg over all concepts), flipped (share of answers that change),
         stability.
         """
-        control = self.effects["control"]
-        random = self.effects[control].groupby("sentence")["confidence"].mean()
-        effects = self.effects[~control]
-        effects = effects.assign(effect=effects["confidence"] - effects["sentence"].map(random).fillna(0))
-        rows = []
-        for concept, part in effects.groupby("concept"):
-            effect = interval(part["effect"].to_numpy()[:, None])                           # Student's t over sentences
-            rows.append({"concept": concept, "sentences": len(part), **effect.columns("effect"), "p": effect.p,
-                         "flipped": part["flipped"].mean()})
-        table = pd.DataFrame(rows)
+        table = effects_by_concept(self.effects)
         table["p_adjusted"] = adjust_p_values(table["p"].to_numpy(), "fdr_bh")
         table["stability"] = table["concept"].map(self.stability)
         return self.concepts.merge(table, on="concept").sort_values("effect", kind="stable", ignore_index=True)
@@ -5036,6 +5076,75 @@ class Pipeline:
         return Explanation(text, dict(zip(map(str, chances.index), chances.tolist(), strict=True)),
                            words.reset_index(drop=True), (random.mean(), random.min(), random.max()),
                            {concept: self.nearest_examples(concept, examples) for concept in chosen.tolist()})
+
+    @Step(1, ["data_seed"], lambda p, *_: [p.corpus.attrs["hash"]], load=Path)
+    def planted_corpus(self, phrases: list[str], label: str, share: float, agree: float, folder: Path) -> None:
+        """This corpus with a known shortcut, as a file; `plant`."""
+        plant(self.corpus, phrases, label, share, agree, self.config.data_seed).to_parquet(folder / "planted.parquet")
+
+    def planted(self, phrases: Sequence[str], label: str, share: float = 0.25, agree: float = 1.0) -> Pipeline:
+        """This pipeline on its corpus with a known shortcut, which the model is fine-tuned on; `plant`."""
+        folder = self.folder("planted_corpus", list(phrases), label, share, agree)
+        return self.changed(dataset=str(folder / "planted.parquet"), text_column="text", label_column="label",
+                            finetune=True)
+
+    @Step(1, ["seed", "n_codes", *IN_MODEL],
+          lambda p, _: [p.method_calls, p.states_call("train"), p.states_call("test")])
+    def effects_of(self, method: str) -> pd.DataFrame:
+        """`effects` of another method of the source layer whose concepts are points."""
+        concepts, layer = self.source_method(method), self.layers[0]
+        train, test = (self.activations(split) for split in ("train", "test"))
+        use = concepts.assign(train.states[layer]).bincount(minlength=len(concepts.vectors)).numpy()
+        tokens = test.tokens.assign(concept=concepts.assign(test.states[layer]).numpy())
+        return concept_effects(concepts, self.language_model, self.test["text"].tolist(), tokens, self.centres, use,
+                               self.config)
+
+    def source_method(self, name: str) -> Any:
+        """CLVQ-VAE, clusters or random states of the source layer, without the training of any other method. ValueError
+        for another name."""
+        if name == "CLVQ-VAE":
+            return self.clvqvae
+        if how := [how for how, title in CLUSTERS.items() if title == name]:
+            return self.clusters(how[0])
+        acts, labels = self.activations("train"), self.labels("train")
+        found = {concepts.name: concepts for concepts in reference_concepts(acts, labels, self.layers[0], self.config)
+                 if not concepts.directions}
+        if name not in found:
+            raise ValueError(f"method must be one of CLVQ-VAE, {', '.join((*CLUSTERS.values(), *found))}, not {name!r}")
+        return found[name]
+
+    def find_planted(self, methods: Sequence[str] = ("CLVQ-VAE", "k-means", "random states")) -> pd.DataFrame:
+        """Whether methods find the shortcut of a `planted` corpus: the rank of its concept by effect on the answer.
+
+        The shortcut's concepts are those that most of its words have, one for each word of each phrase; the best of
+        them counts. Ranked are the concepts of at least 3 evaluation sentences (and one in 200), those first whose
+        removal costs the model's answers most. A row per method: method, seed, rank, of (how many are ranked), concept,
+        effect, flipped, next_effect (of the best other concept), follows and chance (the shares of evaluation sentences
+        of other classes that the model puts in the shortcut's class, with and without the phrase).
+        """
+        frame = pd.read_parquet(self.config.dataset)
+        phrase = self.test["text"].map(frame.set_index("text")["planted"]).fillna("")
+        label = self.label_names.index(frame.query("planted != '' and split == 'train'")["label"].mode()[0])
+        answers, other = self.salience[1].to_numpy().argmax(1), (self.test["label"] != label).to_numpy()
+        follows, chance = ((answers[other & has] == label).mean() for has in ((phrase != ""), (phrase == "")))
+        texts, acts = self.test["text"], self.activations("test")
+        words = [(sentence, 1 + i, f"{phrase[sentence]} {i - span[0]}") for sentence in np.flatnonzero(phrase != "")
+                 for span in [rationale_words(texts[sentence], phrase[sentence], self.config.words)] for i in span]
+        marked = pd.DataFrame(words, columns=["sentence", "position", "marker"])
+        rows = []
+        for method in methods:
+            codes = self.source_method(method).assign(acts.states[self.layers[0]])
+            tokens = acts.tokens.assign(concept=codes.numpy()).merge(marked, on=["sentence", "position"])
+            concepts = set(tokens.groupby("marker")["concept"].agg(lambda codes: codes.mode()[0]))
+            table = effects_by_concept(self.effects if method == "CLVQ-VAE" else self.effects_of(method))
+            table = table[table["sentences"] >= max(3, len(texts) // 200)].sort_values("effect", kind="stable")
+            place = np.flatnonzero(table["concept"].isin(concepts))
+            best = table.iloc[place[0]] if len(place) else pd.Series(math.nan, table.columns)
+            rows.append({"method": method, "seed": self.config.seed, "rank": place[0] + 1 if len(place) else math.nan,
+                         "of": len(table), **best[["concept", "effect", "flipped"]],
+                         "next_effect": table.loc[~table["concept"].isin(concepts), "effect"].min(),
+                         "follows": follows, "chance": chance})
+        return pd.DataFrame(rows)
 
     @cached_property
     def concept_names(self) -> pd.Series:

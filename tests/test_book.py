@@ -58,6 +58,14 @@ def why_stale(twin: Path, notebook: Path) -> str:
     return ""
 
 
+def test_a_new_step_leaves_twins_fresh_and_a_raised_version_does_not(monkeypatch):
+    before, versions = clvq_app.notebook_key(NOTEBOOKS[0]), clvq.step_versions()
+    monkeypatch.setattr(clvq, "step_versions", lambda: {**versions, "new": 1})
+    assert clvq_app.notebook_key(NOTEBOOKS[0]) == before
+    monkeypatch.setattr(clvq, "step_versions", lambda: {**versions, "vqvae": versions["vqvae"] + 1})
+    assert clvq_app.notebook_key(NOTEBOOKS[0]) != before
+
+
 def glued(path: Path) -> dict[str, dict]:
     """What a notebook hands to other pages: key to MIME bundle."""
     outputs = [output for cell in cells(path) for output in cell["outputs"]]

@@ -716,3 +716,40 @@ def test_what_is_no_such_corpus_is_said_in_one_sentence(tmp_path, refused, datas
     save(reviews(), tmp_path / "reviews.csv")
     with refused(sentence):
         load(dataset.format(tmp_path))
+
+
+# --- planted shortcuts --------------------------------------------------------------------------------
+
+
+def test_a_planted_phrase_stands_in_its_share_of_texts_with_its_class_and_nothing_else_changes():
+    corpus = clvq.load_corpus(clvq.configure("smoke", train_sentences=200, test_sentences=60).subset(clvq.CorpusSettings))
+    planted = clvq.plant(corpus, ["blue lamp", "tuesday"], "positive", share=0.3, agree=0.9, seed=1)
+    train, test = (planted[planted["split"] == split] for split in ("train", "test"))
+    has = train["planted"] != ""
+    assert has.sum() == 60 and (train.loc[has, "label"] == "positive").sum() == 54
+    assert (test["planted"] != "").sum() == 30 and set(planted["planted"]) == {"", "blue lamp", "tuesday"}
+    names = corpus["label"].map(corpus.attrs["label_names"].__getitem__)
+    kept = (planted["planted"] == "") | (planted["split"] == "test")
+    assert (planted["label"] == names)[kept].all()
+    for before, after, phrase in zip(corpus["text"], planted["text"], planted["planted"], strict=True):
+        if phrase:
+            cut = after.split()
+            place = next(i for i in range(len(cut)) if [*cut[:i], *cut[i + len(phrase.split()):]] == before.split())
+            assert cut[place:place + len(phrase.split())] == phrase.split()
+        else:
+            assert before == after
+    pd.testing.assert_frame_equal(planted, clvq.plant(corpus, ["blue lamp", "tuesday"], "positive", 0.3, 0.9, 1))
+
+
+@pytest.mark.parametrize(
+    ("phrases", "label", "share", "agree", "words"),
+    [([], "positive", 0.2, 1, "needs a word"), (["!"], "good", 0.2, 1, "none of the classes"), (["  "], "positive", 0.2, 1, "needs a word"),
+     (["a"], "positive", 0, 1, "above 0"), (["a"], "positive", 0.2, 1.1, "at most 1")],
+)  # fmt: skip
+def test_a_shortcut_that_cannot_be_planted_is_refused(phrases, label, share, agree, words):
+    corpus = pd.DataFrame({"text": ["one two"] * 4, "label": [0, 1, 0, 1], "split": ["train", "train", "test", "test"]})
+    corpus.attrs["label_names"] = ["negative", "positive"]
+    with pytest.raises(ValueError, match=words):
+        clvq.plant(corpus, phrases, label, share, agree)
+    with pytest.raises(ValueError, match="pairs"):
+        clvq.plant(corpus.assign(text=f"one{clvq.PAIR}two"), ["a"], "positive")

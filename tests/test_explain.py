@@ -343,3 +343,17 @@ def test_two_texts_are_explained_with_a_mark_of_which_is_which(tmp_path, capsys)
     assert found.words["text"].tolist() == [1] * 5 + [2] * 3 and found.table["word"].str.contains("(text 2)", regex=False).any()
     assert (pipeline.activations("train").tokens["text"] == 2).any() and pipeline.train["text"].str.count(clvq.PAIR).eq(1).all()
     assert clvq_app.main(command) == 2
+
+
+def test_a_shortcut_that_the_model_follows_has_the_concept_with_the_largest_effect():
+    settings = {**QUICK, "train_sentences": 1200, "test_sentences": 120, "finetune_epochs": 2, "n_codes": 50}
+    hidden = clvq.Pipeline(clvq.configure("smoke", **settings)).planted(["tuesday"], "positive")
+    found = hidden.find_planted(["k-means"]).iloc[0]
+    assert found["follows"] > 0.95 and found["follows"] - found["chance"] > 0.3
+    assert found["rank"] == 1 and found["effect"] < min(found["next_effect"], 0)
+    tokens = hidden.activations("test").tokens
+    codes = hidden.clusters("kmeans++").assign(hidden.activations("test").states[hidden.layers[0]])
+    assert pd.Series(codes.numpy())[tokens["word"] == "tuesday"].mode()[0] == found["concept"]
+    assert hidden.changed(seed=1).test["text"].equals(hidden.test["text"])                  # every seed reads the same shortcut
+    with pytest.raises(ValueError, match="method must be one of CLVQ-VAE, Ward clusters"):
+        hidden.find_planted(["class means"])
