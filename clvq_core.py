@@ -102,9 +102,8 @@ __all__ = [
     # 13 faithfulness
     "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate",
     "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects",
-    "effects_by_concept",
-    "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task", "causal_rank", "verdict",
-    "compare_methods",
+    "effects_by_concept", "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task",
+    "causal_rank", "verdict", "compare_methods",
     # 14 human evaluation
     "outcomes", "make_study", "draw_clouds", "read_study", "study_answers", "rater_agreement", "simulated_answers",
     "items_needed",
@@ -4996,10 +4995,15 @@ class Pipeline:
     def effects(self) -> pd.DataFrame:
         """What removing each concept does to the language model's answers to the evaluation sentences that have it;
         `concept_effects`."""
-        model, acts, layer = self.clvqvae, self.activations("test"), self.layers[0]
-        tokens = acts.tokens.assign(concept=model.assign(acts.states[layer]).numpy())
-        return concept_effects(model, self.language_model, self.test["text"].tolist(), tokens, self.centres,
-                               self.code_use, self.config)
+        return self.measure_effects(self.clvqvae)
+
+    def measure_effects(self, method: Any) -> pd.DataFrame:
+        """`concept_effects` of a method of the source layer whose concepts are points."""
+        train, test = (self.activations(split) for split in ("train", "test"))
+        codes, others = (method.assign(acts.states[self.layers[0]]) for acts in (test, train))
+        use = others.bincount(minlength=len(method.vectors)).numpy()
+        return concept_effects(method, self.language_model, self.test["text"].tolist(),
+                               test.tokens.assign(concept=codes.numpy()), self.centres, use, self.config)
 
     @cached_property
     def centres(self) -> Centres:
@@ -5092,12 +5096,7 @@ class Pipeline:
           lambda p, _: [p.method_calls, p.states_call("train"), p.states_call("test")])
     def effects_of(self, method: str) -> pd.DataFrame:
         """`effects` of another method of the source layer whose concepts are points."""
-        concepts, layer = self.source_method(method), self.layers[0]
-        train, test = (self.activations(split) for split in ("train", "test"))
-        use = concepts.assign(train.states[layer]).bincount(minlength=len(concepts.vectors)).numpy()
-        tokens = test.tokens.assign(concept=concepts.assign(test.states[layer]).numpy())
-        return concept_effects(concepts, self.language_model, self.test["text"].tolist(), tokens, self.centres, use,
-                               self.config)
+        return self.measure_effects(self.source_method(method))
 
     def source_method(self, name: str) -> Any:
         """CLVQ-VAE, clusters or random states of the source layer, without the training of any other method. ValueError
@@ -5119,8 +5118,9 @@ class Pipeline:
         The shortcut's concepts are those that most of its words have, one for each word of each phrase; the best of
         them counts. Ranked are the concepts of at least 3 evaluation sentences (and one in 200), those first whose
         removal costs the model's answers most. A row per method: method, seed, rank, of (how many are ranked), concept,
-        effect, flipped, next_effect (of the best other concept), follows and chance (the shares of evaluation sentences
-        of other classes that the model puts in the shortcut's class, with and without the phrase).
+        effect (effect_low and effect_high, 95 % over sentences), flipped, next_effect (of the best other concept),
+        follows and chance (the shares of evaluation sentences of other classes that the model puts in the shortcut's
+        class, with the phrase and where none was put in), texts (how many have the phrase).
         """
         frame = pd.read_parquet(self.config.dataset)
         phrase = self.test["text"].map(frame.set_index("text")["planted"]).fillna("")
@@ -5141,9 +5141,9 @@ class Pipeline:
             place = np.flatnonzero(table["concept"].isin(concepts))
             best = table.iloc[place[0]] if len(place) else pd.Series(math.nan, table.columns)
             rows.append({"method": method, "seed": self.config.seed, "rank": place[0] + 1 if len(place) else math.nan,
-                         "of": len(table), **best[["concept", "effect", "flipped"]],
+                         "of": len(table), **best[["concept", "effect", "effect_low", "effect_high", "flipped"]],
                          "next_effect": table.loc[~table["concept"].isin(concepts), "effect"].min(),
-                         "follows": follows, "chance": chance})
+                         "follows": follows, "chance": chance, "texts": int((other & (phrase != "")).sum())})
         return pd.DataFrame(rows)
 
     @cached_property

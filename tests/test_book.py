@@ -330,6 +330,7 @@ def test_the_page_of_claims_shows_every_claim_and_rule(built):
     for claim in told["claims"]:
         assert f"{claim['id']}. {claim['claim']}" in html.unescape(page).replace("’", "'"), claim["id"]
     assert page.count("Refuted if") == len(told["claims"])
+    assert all(f"{name.capitalize()}." in page for name in told["rules"])
 
 
 def test_every_image_has_alt_text(built):
