@@ -105,7 +105,7 @@ __all__ = [
     "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects",
     "effects_by_concept", "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task",
     "causal_rank", "verdict", "compare_methods", "completeness", "without_summary", "class_loading",
-    "claim_tests", "settle",
+    "claim_tests", "reversal_tests", "adjust_families", "settle",
     # 14 human evaluation
     "outcomes", "make_study", "draw_clouds", "read_study", "study_answers", "rater_agreement", "simulated_answers",
     "items_needed",
@@ -2890,7 +2890,8 @@ def word_classes(acts: Activations, labels: Int[Tensor, "S"], layer: int) -> Con
     """Class means of *word* states less those of the others, a supervised ceiling: `reference_concepts` has that of
     summaries."""
     words = torch.from_numpy(np.flatnonzero(~acts.tokens["is_summary"]))
-    states, of = acts.states[layer][words].float(), labels[torch.from_numpy(acts.tokens["sentence"].to_numpy())[words]]
+    sentence = torch.from_numpy(acts.tokens["sentence"].to_numpy(copy=True))
+    states, of = acts.states[layer][words].float(), labels[sentence[words]]
     classes = torch.stack([states[of == c].mean(0) - states[of != c].mean(0) for c in range(int(labels.max()) + 1)])
     mean = states.mean(0)
     return Concepts("class means of words", layer, classes, directions=True, centre=mean,
@@ -4174,7 +4175,48 @@ def claim_tests(cells: pd.DataFrame) -> pd.DataFrame:
             low, high = sorted((sign * row[f"{name}_low"], sign * row[f"{name}_high"]))
             rows.append({"claim": claim, "family": family, "cell": cell, "test": test, "counted": counted,
                          "value": sign * row[name], "low": low, "high": high, "p": row.get(f"{name}_p", math.nan)})
-    table = pd.DataFrame(rows).assign(p_holm=math.nan)
+    return adjust_families(pd.DataFrame(rows))
+
+
+def reversal_tests(answers: pd.DataFrame, loading: pd.DataFrame, cell: str, config: ProbeSettings) -> pd.DataFrame:
+    """What claims O3 and O4 ask of one cell, from `Pipeline.anatomy` of all seeds: rows as of `claim_tests`, not
+    adjusted yet.
+
+    raw means: changed answers with the members' mean raw states for vectors less with CLVQ-VAE's own; partition: the
+    same of CLVQ-VAE's partition less k-means' (both "elsewhere" for models other than MiniLM); auc, cosine: class
+    loading of the target layer's k-means less that of the source layer's; gain: the same of changed answers; thirds:
+    its mean over thirds of equal `class_loading`.
+    """
+    taken = answers[(answers["removed"] == "concept") & (answers["where"] == "every position")]
+    names = {"own": "CLVQ-VAE", "raw": "CLVQ-VAE's partition, raw means", "means": "k-means' partition, raw means",
+             "upper": "k-means of the target layer, raw means"}
+    both = taken.merge(loading, on=["method", "layer", "seed", "sentence"])
+    wide = {name: both[both["method"] == method].sort_values(["seed", "sentence"]) for name, method in names.items()}
+    table = {column: {name: part.pivot(index="seed", columns="sentence", values=column).to_numpy(float)
+                      for name, part in wide.items()} for column in ("flipped", "cosine", "loading")}
+    flipped, draws = table["flipped"], resamples(table["flipped"]["own"].shape[1], config)          # (R, S)
+    own_auc = {name: part.groupby("seed")["auc"].first().to_numpy() for name, part in wide.items()}
+    ends = np.quantile(np.concatenate([table["loading"][name] for name in ("means", "upper")]), [1 / 3, 2 / 3])
+    thirds = np.zeros((len(flipped["own"]), len(draws)))
+    for name, sign in (("upper", 1), ("means", -1)):
+        third = np.searchsorted(ends, table["loading"][name])                                       # (G, S)
+        for i in range(3):
+            inside = (third == i).astype(float)
+            thirds += sign * ((inside * flipped[name]) @ draws.T / np.maximum(inside @ draws.T, 1)) / 3
+    of = "" if cell.startswith("minilm") else " elsewhere"
+    found = [("O3", f"raw means{of}", mean_interval(flipped["raw"] - flipped["own"], config)),
+             ("O3", f"partition{of}", mean_interval(flipped["raw"] - flipped["means"], config)),
+             ("O4", "gain", mean_interval(flipped["upper"] - flipped["means"], config)),
+             ("O4", "auc", interval((own_auc["upper"] - own_auc["means"])[:, None])),
+             ("O4", "cosine", mean_interval(table["cosine"]["upper"] - table["cosine"]["means"], config)),
+             ("O4", "thirds", interval(thirds))]
+    return pd.DataFrame([{"claim": claim, "family": "reversal", "cell": cell, "test": test, "counted": True,
+                          "value": at.value, "low": at.low, "high": at.high, "p": at.p} for claim, test, at in found])
+
+
+def adjust_families(tests: pd.DataFrame) -> pd.DataFrame:
+    """Tests of claims with p_holm, adjusted over all counted cells of the family."""
+    table = tests.reset_index(drop=True).assign(p_holm=math.nan)
     for _, part in table[table["counted"]].groupby("family"):
         table.loc[part.index, "p_holm"] = adjust_p_values(part["p"].to_numpy())
     return table
@@ -4190,6 +4232,13 @@ RULES: dict[str, Callable[[Any, Any, Any, int], tuple[int, bool, int, bool]]] = 
                                       n - every["up"] >= 7),
     "P5": lambda every, some, of, n: (every["up"], every["up"] >= 5, some["down"], some["down"] >= 3),
     "Y4": lambda every, some, of, n: (every["most"], every["most"] >= 7, every["few"], every["few"] >= n / 2),
+    "O3": lambda every, some, of, n: (of["up"]["raw means"], of["up"]["raw means"] >= 2 and not of["down"]["partition"]
+                                      and not of["down"].get("partition elsewhere", 0),
+                                      max(of["down"]["raw means"], of["down"]["partition"]),
+                                      of["down"]["raw means"] >= 1 or of["down"]["partition"] >= 2),
+    "O4": lambda every, some, of, n: (min(of["up"]["auc"], of["up"]["cosine"]),
+                                      min(of["up"]["auc"], of["up"]["cosine"]) >= 3 and not of["up"]["thirds"],
+                                      of["up"]["thirds"], of["up"]["thirds"] >= 2),
     "O5": lambda every, some, of, n: (of["unused"]["source layer"], of["unused"]["source layer"] >= 4,
                                       of["used"]["source layer"], of["used"]["source layer"] >= 3)}
 """What book/claims.yml asks: in how many cells a claim is met and whether it holds, against it and whether it is
@@ -5255,6 +5304,23 @@ class Pipeline:
                   ask(few, controls=["frequent code", "own state"], places=["its word", "elsewhere", "every position"])]
         every = pd.concat(tables, ignore_index=True).drop_duplicates(["method", "removed", "where", "sentence"])
         return every, pd.concat([class_loading(method, self.trial, labels) for method in methods], ignore_index=True)
+
+    def anatomy_card(self, cell: str, asked: int = 400) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """`anatomy` over the `seeds`: for each method, removed and where, the share of the model's answers that change
+        (value), its differences over_control (a random code with the same norm removed) and over_clvq, kl, confidence,
+        accuracy, toward (the largest share of the changed answers that go to one class), selectivity (value over that
+        of a random direction with the same norm removed), and the means of `class_loading`; then `reversal_tests`."""
+        answers, loading = (pd.concat(parts, ignore_index=True)
+                            for parts in zip(*(run.anatomy(asked) for run in self.over_seeds), strict=True))
+        against: dict[str, Any] = {"over_control": "random code, equal norm", "over_clvq": {"method": "CLVQ-VAE"}}
+        table = compared(answers, self.config, "flipped", against, ["kl", "confidence"])
+        keys = ["method", "removed", "where"]
+        changed = answers[answers["flipped"]].groupby(keys)["predicted"]
+        toward = changed.agg(lambda predicted: predicted.value_counts(normalize=True).iloc[0]).rename("toward")
+        norm = table[table["removed"] == "matched norm"].set_index("method")["value"]
+        table = table.join(toward, on=keys).assign(selectivity=table["value"] / table["method"].map(norm))
+        means = loading.groupby("method")[["loading", "auc", "cosine", "gone"]].mean()
+        return table.join(means, on="method"), reversal_tests(answers, loading, cell, self.config)
 
     def scorecard(self, asked: int = 400, others: Callable[[Pipeline], Sequence[Any]] | None = None) -> pd.DataFrame:
         """The yardstick over the `seeds`, for every method and for the ``others`` that a function makes of this

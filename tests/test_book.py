@@ -22,7 +22,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = ROOT / "book" / "executed"
 TWINS = sorted(EXECUTED.glob("*.ipynb"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-LONG = ["09_paper_scale.ipynb", "11_nine_cells.ipynb"]  # take hours: they stay as the code of the commit they name made them
+# They take hours, and stay as the code of the commit that they name made them
+LONG = ["09_paper_scale.ipynb", "11_nine_cells.ipynb", "12_anatomy.ipynb"]
 pytestmark = pytest.mark.book
 named = {"argvalues": NOTEBOOKS, "ids": lambda path: path.stem}
 

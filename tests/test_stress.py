@@ -152,6 +152,21 @@ def test_the_random_code_of_equal_norm_leads_where_the_random_code_does_and_take
         torch.testing.assert_close(F.cosine_similarity(equal, code), torch.ones(150), rtol=0, atol=1e-4)
 
 
+def test_a_frequent_code_is_another_one_that_about_as_many_words_have_and_the_rest_stays(planted, make_trial):
+    draw = seed(3)
+    words = [torch.randn(6, 8, generator=draw) for _ in range(80)]
+    trial = make_trial(torch.randn(80, 8, generator=draw), words, torch.arange(80) % 2)
+    method = clvq.Concepts("some", 0, torch.randn(12, 8, generator=draw))
+    plain, more = trial.removals(method), trial.removals(method, ["frequent code"])
+    assert set(more) - set(plain) == {"frequent code"}
+    assert all(torch.equal(plain[name].vector, more[name].vector) for name in plain)
+    counts = trial.assign(method, trial.words).bincount(minlength=12)
+    place = counts.argsort(stable=True).argsort()
+    own, other = trial.assign(method, trial.salient), rows_of(more["frequent code"], method)
+    apart = (place[own] - place[other]).abs()
+    assert apart.min() >= 1 and apart.max() <= 3 and len(other.unique()) > 6
+
+
 def test_a_random_word_is_another_word_of_the_same_sentence_and_each_is_as_likely(transparent):
     trial, method = transparent
     row = rows_of(trial.removals(method)["random word"], method)
@@ -584,6 +599,29 @@ def test_what_the_model_answers_is_what_a_hook_on_the_block_gives(inside, layer,
 
         as_expected(rows, own, answers_with(lm, config, layer, change), trial.labels)
     assert results["flipped"].any() and results["kl"].max() > 0.1
+
+
+def test_a_concept_is_taken_out_of_the_salient_word_alone_or_of_all_but_that(inside):
+    trial, lm, config = inside
+    method = code_method(inside, 4)
+    places = ["its word", "elsewhere"]
+    results = clvq.in_model([method], trial, lm, TEXTS, config, ways=["centred"], controls=["own state"], places=places)
+    own = answers_with(lm, config, 4, lambda _, x: x)
+    summary_mean, _, word_mean = trial.centre(4)
+    encoded = clvq.encode(lm, TEXTS, config)
+    word = trial.tokens["position"].to_numpy()[trial.salient.numpy()] - 1
+    removals = trial.removals(method, ["own state"])
+    assert (removals["own state"].vector == trial.test.states[4][trial.salient].float()).all()
+    for (removed, where), rows in results.groupby(["removed", "where"]):
+
+        def change(sentence, x, where=where, removed=removed):
+            mine = encoded.word[encoded.offsets[sentence] : encoded.offsets[sentence + 1]] == word[sentence]
+            assert mine.any()
+            middle = torch.cat([summary_mean[None], word_mean.expand(len(x) - 1, -1)])
+            new = middle + clvq.ablate(x - middle, removals[removed].offset[sentence])
+            return torch.where((mine if where == "its word" else ~mine)[:, None], new, x)
+
+        as_expected(rows, own, answers_with(lm, config, 4, change), trial.labels)
 
 
 def test_where_nothing_is_taken_out_the_model_gives_its_own_answers(inside):
