@@ -111,7 +111,7 @@ __all__ = [
     "items_needed",
     # 15 steps, pipeline, sweeps
     "Step", "precompute", "run_parallel", "Pipeline", "published", "published_cells", "Run", "run_sweep",
-    "sweep_results", "studies", "prepare_colab",
+    "sweep_results", "studies", "cell_settings", "measure_cells", "prepare_colab",
 ]
 
 
@@ -2646,7 +2646,6 @@ def sampling(model: CLVQVAE, states: Float[Tensor, "N D"], rows: int = 16384) ->
             "gap": gap, "temperature_in_gaps": settings.temperature / gap if gap > 0 else math.inf}
 
 
-@torch.no_grad()
 def member_means(states: Float[Tensor, "N D"], codes: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K D"]:
     """The mean of the states that have each code; of all states for a code without any."""
     counts = codes.bincount(minlength=n_codes)[:, None]
@@ -2664,6 +2663,7 @@ def linear_map(x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"]) -> Callable[[T
     return lambda new: y_mean + (new - x_mean) @ weights
 
 
+@torch.no_grad()
 def references(model: CLVQVAE, acts: Activations, config: TrainSettings) -> dict[str, float]:
     """Held-out variance of the targets that two simpler predictors explain: the mean target state of each code (what
     codes say by themselves), and least squares on the source states (without codes or decoder)."""
@@ -2786,8 +2786,6 @@ class SparseAutoencoder(nn.Module):
         return error + l1 * f.sum(1).float().mean(), error, f
 
 
-EPOCHS = (1, 2, 4, 6)
-"""Shorter trainings whose concepts are compared with the whole one's."""
 SAES = ((2048, False), (4096, False), (2048, True))
 """Sparse autoencoders that CLVQ-VAE is compared with: neurons, and whether only the most active ones stay."""
 SPARSE_L1, SPAN = 1e-2, 10
@@ -2864,15 +2862,21 @@ def reference_concepts(acts: Activations, labels: Int[Tensor, "S"], layer: int, 
     components = vectors.flip(1)[:, :config.n_codes]                                                        # (D, K)
     deviations = values.flip(0)[:config.n_codes].clamp_min(1e-12).sqrt()                                    # (K,)
     noise = torch.randn(config.n_codes, len(mean), generator=generator)
-    h = states[acts.summary_rows].float()
-    classes = torch.stack([h[labels == c].mean(0) - h[labels != c].mean(0) for c in range(int(labels.max()) + 1)])
     return [
         Concepts("random codes", layer, mean + covariance.diagonal().sqrt() * noise, centre=mean),
         Concepts("principal components", layer, components.T.contiguous(), directions=True, centre=mean,
                  scores=lambda states: ((states - mean) @ components / deviations).abs()),
-        Concepts("class means", layer, classes, directions=True, centre=mean,
-                 scores=lambda states: (states - mean) @ F.normalize(classes, dim=1).T),
+        class_means("class means", states[acts.summary_rows].float(), labels, layer, mean),
     ]
+
+
+def class_means(name: str, states: Float[Tensor, "N D"], labels: Int[Tensor, "N"], layer: int,
+                centre: Float[Tensor, "D"]) -> Concepts:
+    """The mean of these states of each class less that of the others; a state has the one it points to most."""
+    classes = torch.stack([states[labels == c].mean(0) - states[labels != c].mean(0)
+                           for c in range(int(labels.max()) + 1)])
+    return Concepts(name, layer, classes, directions=True, centre=centre,
+                    scores=lambda states: (states - centre) @ F.normalize(classes, dim=1).T)
 
 
 def with_vectors(method: Any, acts: Activations, layer: int, name: str,
@@ -2891,11 +2895,8 @@ def word_classes(acts: Activations, labels: Int[Tensor, "S"], layer: int) -> Con
     summaries."""
     words = torch.from_numpy(np.flatnonzero(~acts.tokens["is_summary"]))
     sentence = torch.from_numpy(acts.tokens["sentence"].to_numpy(copy=True))
-    states, of = acts.states[layer][words].float(), labels[sentence[words]]
-    classes = torch.stack([states[of == c].mean(0) - states[of != c].mean(0) for c in range(int(labels.max()) + 1)])
-    mean = states.mean(0)
-    return Concepts("class means of words", layer, classes, directions=True, centre=mean,
-                    scores=lambda states: (states - mean) @ F.normalize(classes, dim=1).T)
+    states = acts.states[layer][words].float()
+    return class_means("class means of words", states, labels[sentence[words]], layer, states.mean(0))
 
 
 def independent_components(acts: Activations, layer: int, config: Config, points: int = 20_000) -> dict[str, Tensor]:
@@ -4142,6 +4143,14 @@ PAPERS = ("Ward clusters", r"single-layer VQ-VAE, layer \d+", r"SAE \d+, (encode
 """The other methods of the paper's table 1, by name."""
 
 
+def adjust_families(tests: pd.DataFrame) -> pd.DataFrame:
+    """Tests of claims with p_holm, adjusted over all counted cells of the family."""
+    table = tests.reset_index(drop=True).assign(p_holm=math.nan)
+    for _, part in table[table["counted"]].groupby("family"):
+        table.loc[part.index, "p_holm"] = adjust_p_values(part["p"].to_numpy())
+    return table
+
+
 def claim_tests(cells: pd.DataFrame) -> pd.DataFrame:
     """What claims P1 to P5, Y4 and O5 of book/claims.yml ask of each cell: rows of `Pipeline.scorecard` of several
     models and data, with columns cell, classes and right (the classifier's accuracy).
@@ -4212,14 +4221,6 @@ def reversal_tests(answers: pd.DataFrame, loading: pd.DataFrame, cell: str, conf
              ("O4", "thirds", interval(thirds))]
     return pd.DataFrame([{"claim": claim, "family": "reversal", "cell": cell, "test": test, "counted": True,
                           "value": at.value, "low": at.low, "high": at.high, "p": at.p} for claim, test, at in found])
-
-
-def adjust_families(tests: pd.DataFrame) -> pd.DataFrame:
-    """Tests of claims with p_holm, adjusted over all counted cells of the family."""
-    table = tests.reset_index(drop=True).assign(p_holm=math.nan)
-    for _, part in table[table["counted"]].groupby("family"):
-        table.loc[part.index, "p_holm"] = adjust_p_values(part["p"].to_numpy())
-    return table
 
 
 RULES: dict[str, Callable[[Any, Any, Any, int], tuple[int, bool, int, bool]]] = {
@@ -4834,6 +4835,8 @@ PROBE = names_of(ProbeSettings, without="bootstrap")
 TABLE = [*PROBE, "sae_rows", "n_codes"]
 IN_MODEL = names_of("words max_tokens batch_tokens inference_precision label")
 """Settings that many steps read: the probe's, of tables over all methods, of the language model's answers."""
+EPOCHS = (1, 2, 4, 6)
+"""Shorter trainings whose concepts `Pipeline.parted` compares with the whole one's."""
 ANALYSIS = 1
 """Version of what notebooks compute from results of steps (summaries, intervals, tables)."""
 RELEASED_CHOICES: dict[str, Any] = {"mask": "causal", "start_in": "codes", "frequency_filter": "uniform",
@@ -5335,10 +5338,10 @@ class Pipeline:
         kl, share (of the squared norm that is gone, in the probe's test), sd_folds, sd_seeds, and l0 (active neurons).
         """
         config, source, runs, parts = self.config, self.layers[0], self.over_seeds, []
-        every = [[*run.methods, *run.more_methods, *(others(run) if others else [])] for run in runs]
+        added = [list(others(run)) if others else [] for run in runs]
+        every = [[*run.methods, *run.more_methods, *new] for run, new in zip(runs, added, strict=True)]
         tables = [run.yardstick(asked) for run in runs]
-        if others:
-            tables += [run.measure(others(run), asked) for run in runs]
+        tables += [run.measure(new, asked) for run, new in zip(runs, added, strict=True) if new]
         probe, model, complete = (concat(results) for results in zip(*tables, strict=True))
         clvq, keys = {"method": "CLVQ-VAE", "layer": source}, ["method", "layer", "removed", "way", "seed", "sentence"]
         parts.append(compared(probe, config, "accuracy", {"over_control": "random code", "over_random": "gaussian",
@@ -5930,6 +5933,53 @@ def studies(config: ModelSettings) -> dict[str, list[dict[str, Any]]]:
 STUDY: dict[str, dict[str, Any]] = {"smoke": dict(train_share=0.2, epochs=1),
                                     "laptop": dict(train_share=0.12, validation_share=0.05, feedforward=512, epochs=4)}
 """What each scale changes where a hundred trainings are compared; the other scales: nothing."""
+
+
+MIDDLE: dict[str, Any] = dict(
+    train_sentences=3000, test_sentences=800, frequency_filter="first", all_layers=False, max_tokens=128, epochs=12,
+    sae_epochs=12, sae_batch=256, n_codes=400, seeds=3)
+"""What cells of models and data change at every scale but smoke: the middle scale of book/claims.yml."""
+
+
+def cell_settings(scale: str, models: str, datasets: str, prompted: str, **settings: Any) -> dict[str, Config]:
+    """The settings of each of these models on each of these data sets (names between semicolons), by "model, data";
+    those that are ``prompted`` are not fine-tuned. None leaves a setting as it is."""
+    middle = {} if scale == "smoke" else MIDDLE
+    given = middle | {name: value for name, value in settings.items() if value is not None}
+    return {f"{Path(model).name}, {data.partition(':')[0]}":
+            configure(scale, **given, model=model, dataset=data, finetune=model not in prompted.split(";"))
+            for model in map(str.strip, models.split(";")) for data in map(str.strip, datasets.split(";"))}
+
+
+def measure_cells(configs: Mapping[str, Config], measure: Callable[[str, Pipeline], pd.DataFrame], asked: int,
+                  folder: Path | None = None) -> pd.DataFrame:
+    """What ``measure`` (a cell's name, its pipeline) gives for each cell, and for all that the folder holds, which are
+    not measured again; new ones are kept there, a file each.
+
+    With columns cell, model, data, right (accuracy of the classifier), classes, trained, evaluated, asked, states,
+    layers, settings and made (JSON). ValueError if a cell of the folder has other settings than those of ``configs``.
+    """
+    free = {"model", "dataset", "finetune"}                                                 # what a cell is
+    paths = sorted(folder.glob("*.parquet")) if folder else []
+    cells = {path.stem.replace("--", ", "): pd.read_parquet(path) for path in paths}
+    for (name, cell), config in itertools.product(cells.items(), configs.values()):
+        given = json.loads(cell["settings"].iloc[0])
+        if other := [key for key, value in config.model_dump().items() if key not in free and given.get(key) != value]:
+            raise ValueError(f"cell {name!r} in {folder} was measured with {other[0]} {given.get(other[0])}, not "
+                             f"{getattr(config, other[0])}: name another folder")
+    for name, config in configs.items():
+        if name in cells:
+            continue
+        pipeline = Pipeline(config).check()
+        cells[name] = measure(name, pipeline).assign(
+            cell=name, model=Path(config.model).name, data=pipeline.corpus.attrs["name"], right=pipeline.accuracy,
+            classes=len(pipeline.label_names), trained=len(pipeline.train), evaluated=len(pipeline.test),
+            asked=min(asked, len(pipeline.test)), states=len(pipeline.activations("train").tokens),
+            layers="{} → {}".format(*pipeline.layers), settings=config.to_json(), made=json.dumps(environment()))
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / f"{name.replace(', ', '--')}.parquet", cells[name].to_parquet)
+    return pd.concat(cells.values(), ignore_index=True)
 
 
 def published_cells(names: Iterable[str], layers: tuple[int, int] = (8, 12), **columns: Any) -> list[str]:

@@ -1,5 +1,7 @@
 """The yardstick: spans of several vectors, independent components, completeness, the scorecard, and verdicts of claims."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def card(pipeline):
-    return pipeline.scorecard(20, lambda run: [clvq.replace(run.clusters("kmeans++"), name="a stranger's")])
+    return pipeline.scorecard(20, lambda run: [dataclasses.replace(run.clusters("kmeans++"), name="a stranger's")])
 
 
 # --- spans ------------------------------------------------------------------------------------------------------------
@@ -348,3 +350,37 @@ def test_the_scorecard_of_a_real_cell_can_be_settled(card):
     tests = clvq.claim_tests(card.assign(cell="one", right=0.9, classes=2))
     assert set(tests["claim"]) >= {"P1", "P2", "P3", "P4", "Y4", "O5"} and tests["value"].notna().all()
     assert (clvq.settle(tests, ALL)["verdict"] == "open").all()
+
+
+# --- cells of models and data -----------------------------------------------------------------------------------------
+
+
+def test_cells_have_the_middle_scale_and_smoke_its_own_and_prompted_models_are_not_fine_tuned():
+    cells = clvq.cell_settings("laptop", "minilm; smollm2", "movies; eraser-movie:x/y.tar.gz", "smollm2", seed=7, test_sentences=None)
+    assert list(cells) == ["minilm, movies", "minilm, eraser-movie", "smollm2, movies", "smollm2, eraser-movie"]
+    assert [config.finetune for config in cells.values()] == [True, True, False, False]
+    for config in cells.values():
+        assert {name: getattr(config, name) for name in clvq.MIDDLE} == clvq.MIDDLE and config.seed == 7
+    assert clvq.cell_settings("smoke", "minilm", "movies", "")["minilm, movies"] == clvq.configure("smoke")
+
+
+def test_a_finished_cell_is_kept_and_shown_and_one_of_other_settings_is_refused(tmp_path, refused):
+    configs = {"minilm, movies": clvq.configure("smoke", **QUICK)}
+    measured = []
+
+    def measure(name, pipeline):
+        measured.append(name)
+        return pd.DataFrame({"value": [0.5, pipeline.config.seed]})
+
+    first = clvq.measure_cells(configs, measure, 1000, tmp_path / "cells")
+    again = clvq.measure_cells(configs, measure, 1000, tmp_path / "cells")
+    assert measured == ["minilm, movies"] and [path.name for path in (tmp_path / "cells").iterdir()] == ["minilm--movies.parquet"]
+    pd.testing.assert_frame_equal(first, again)
+    row = first.iloc[0]
+    assert (row["cell"], row["trained"], row["evaluated"], row["asked"], row["layers"]) == ("minilm, movies", 100, 40, 40, "4 → 6")
+    assert json.loads(row["settings"])["n_codes"] == 12 and "commit" in json.loads(row["made"])
+    other = {"minilm, news": clvq.configure("smoke", **QUICK | {"n_codes": 13})}
+    with refused("'minilm, movies'", "n_codes 12", "not 13", "another folder"):
+        clvq.measure_cells(other, measure, 1000, tmp_path / "cells")
+    clvq.measure_cells(configs, measure, 1000)
+    assert len(measured) == 2
