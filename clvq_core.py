@@ -105,13 +105,13 @@ __all__ = [
     "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects",
     "effects_by_concept", "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task",
     "causal_rank", "verdict", "compare_methods", "completeness", "without_summary", "class_loading",
-    "claim_tests", "reversal_tests", "adjust_families", "settle",
+    "interchange", "recovery", "recurring", "claim_tests", "reversal_tests", "adjust_families", "settle",
     # 14 human evaluation
     "outcomes", "make_study", "draw_clouds", "read_study", "study_answers", "rater_agreement", "simulated_answers",
     "items_needed",
     # 15 steps, pipeline, sweeps
     "Step", "precompute", "run_parallel", "Pipeline", "published", "published_cells", "Run", "run_sweep",
-    "sweep_results", "studies", "cell_settings", "measure_cells", "prepare_colab",
+    "sweep_results", "studies", "cell_settings", "kept", "measure_cells", "prepare_colab",
 ]
 
 
@@ -1008,7 +1008,25 @@ def read_ag_news(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
     return choose_columns(frame if path.is_dir() else frame.drop(columns="split"), str(path), "text", "label")
 
 
-PUBLISHED = {"eraser-movie": read_eraser, "jigsaw": read_jigsaw, "ag_news": read_ag_news}
+def read_cad(path: Path | None, settings: CorpusSettings) -> pd.DataFrame:
+    """Film reviews and people's least edits that turn their sentiment (Kaushik et al. 2020), from a folder with their
+    train_paired.tsv and test_paired.tsv; column pair says which two rows belong together."""
+    if path is None or not path.is_dir():
+        raise ValueError("choose cad:PATH, a folder with train_paired.tsv and test_paired.tsv of human edits")
+    parts = []
+    for split in ("train", "test"):
+        file = next(iter(sorted(path.glob(f"{split}_paired.tsv*"))), None)
+        if file is None:
+            raise ValueError(f"{path} has no {split}_paired.tsv")
+        table = read_table(file, ["Text", "Sentiment"])
+        frame = choose_columns(table, str(file), "Text", "Sentiment").assign(split=split)
+        parts.append(frame.join(table["batch_id"].rename("pair")))
+    frame = pd.concat(parts, ignore_index=True)
+    return frame.assign(text=frame["text"].str.replace(r"(<br\s*/?>\s*)+", " ", regex=True),
+                        label=frame["label"].str.lower())
+
+
+PUBLISHED = {"eraser-movie": read_eraser, "jigsaw": read_jigsaw, "ag_news": read_ag_news, "cad": read_cad}
 
 
 def corpus_path(dataset: str) -> Path | None:
@@ -1928,6 +1946,14 @@ class Activations:
                     rows, mask = pad_rows(offsets, torch.searchsorted(sentences, batch))
                     batch_rows = rows[mask].to(device, non_blocking=True)
                     yield [part[batch_rows].float() for part in states], self.lengths[batch]
+
+    def choose(self, sentences: Int[Tensor, "B"]) -> Activations:
+        """These sentences, which may repeat, in this order; their states in memory."""
+        rows, lengths = self.rows(sentences), self.lengths[sentences]
+        tokens = self.tokens.iloc[rows.numpy()].reset_index(drop=True)
+        tokens["sentence"] = torch.arange(len(sentences)).repeat_interleave(lengths).numpy()
+        return Activations({layer: states[rows] for layer, states in self.states.items()},
+                           F.pad(lengths.cumsum(0), (1, 0)), tokens, self.source)
 
     @classmethod
     def load(cls, folder: Path) -> Activations:
@@ -4057,6 +4083,127 @@ def effects_by_concept(effects: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def align_texts(words: Sequence[str], others: Sequence[str]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """Which words of two texts stand for each other, by the longest runs that both have (difflib): places in each,
+    -1 where a word has no partner."""
+    matcher = difflib.SequenceMatcher(None, list(words), list(others), False)
+    pairs = [pair for _, i1, i2, j1, j2 in matcher.get_opcodes()
+             for pair in itertools.zip_longest(range(i1, i2), range(j1, j2), fillvalue=-1)]
+    left, right = np.array(pairs, dtype=int).reshape(-1, 2).T
+    return left, right
+
+
+@torch.no_grad()
+def interchange(methods: Sequence[Any], lm: LanguageModel, texts: Sequence[str], pairs: Int[Tensor, "P 2"],
+                acts: Activations, layer: int, centres: Centres, config: Config) -> pd.DataFrame:
+    """Do concepts carry what an edit of a text changes? For each pair of texts (x, x'), words of x with another concept
+    than their partners in x' (`align_texts`) get the difference of the two vectors, v' - v, added to their states of a
+    layer, and the blocks above answer. After Geiger et al. (2021).
+
+    A row per method, put, and pair: pair, turned (whether the model answers x and x' differently), changed (how many
+    words), gap (probability of the answer to x', in x' less in x), moved (the same, in the changed x less in x),
+    answered (whether the changed x gets the answer to x'). put: concept; random code, drawn as often as words have it,
+    in place of v'; gaussian, of the same norm; elsewhere, the same differences at words whose concept is the same;
+    states, the difference of the states themselves at the same words; and for method "all states", at every word.
+    """
+    draw, tokens = torch.Generator().manual_seed(config.seed), acts.tokens
+    words = tokens[~tokens["is_summary"]]
+    rows_of = {sentence: part.index.to_numpy() for sentence, part in words.groupby("sentence")}
+    spelled, position = tokens["word"].to_numpy(), tokens["position"].to_numpy()
+    parts = []
+    for i, (one, two) in enumerate(pairs.tolist()):
+        left, right = (rows_of[sentence] for sentence in (one, two))
+        at, to = align_texts(spelled[left], spelled[right])
+        both = (at >= 0) & (to >= 0)
+        parts.append(np.stack([np.full(both.sum(), i), left[at[both]], right[to[both]]], 1))
+    place = torch.from_numpy(np.concatenate(parts))                                             # (n, 3): pair, from, to
+    states, n = acts.states[layer], len(place)
+    word = torch.from_numpy(position - 1)[place[:, 1]]
+    noise = F.normalize(torch.randn(n, states.shape[1], generator=draw), dim=1)
+    own_rows = torch.from_numpy(words.index.to_numpy())
+    codes, moves = [], []
+    for method in methods:
+        code = method.assign(states)
+        old, new = code[place[:, 1]], code[place[:, 2]]
+        random = code[own_rows[torch.randint(len(own_rows), (n,), generator=draw)]]
+        table = pd.DataFrame({"pair": place[:, 0].numpy(), "differs": (old != new).numpy()}).reset_index(names="place")
+        table["order"] = torch.rand(n, generator=draw).numpy()
+        table = table.sort_values(["pair", "order"])
+        table["rank"] = table.groupby(["pair", "differs"]).cumcount()
+        goes = table[table["differs"]].merge(table[~table["differs"]], on=["pair", "rank"], suffixes=("", "_to"))
+        elsewhere = torch.full((n,), -1)
+        elsewhere[torch.from_numpy(goes["place_to"].to_numpy())] = torch.from_numpy(goes["place"].to_numpy())
+        codes.append((old, new, random))
+        moves.append(elsewhere)
+    encoded, sentences = encode(lm, texts, config), pairs[:, 0]
+    starts = torch.searchsorted(place[:, 0].contiguous(), torch.arange(len(pairs) + 1))
+
+    def edit(now: Tensor, _: Tensor, chosen: Tensor) -> Iterator[tuple[tuple, Tensor]]:
+        rows, mask = pad_rows(encoded.offsets, sentences[chosen])
+        at = F.pad(torch.where(mask, encoded.word[rows], -1), (0, now.shape[1] - rows.shape[1]), value=-1)   # (p, T)
+        inside, real = pad_rows(starts, chosen)
+        table = torch.full((len(chosen), int(max(at.max(), word[inside].max())) + 2), -1)
+        line = torch.arange(len(chosen))[:, None].expand_as(inside)
+        table[line[real], word[inside][real] + 1] = inside[real]
+        found = table.gather(1, at + 1)                                                             # (p, T)
+        here, there = (states[rows].float() for rows in (place[found, 1], place[found, 2]))
+
+        def put(offset: Tensor, where: Tensor) -> Tensor:
+            return now + (offset * where[..., None]).to(now.device)
+
+        yield ("all states", "states"), put(there - here, found >= 0)
+        for method, (old, new, random), elsewhere in zip(methods, codes, moves, strict=True):
+            vectors = method.vectors.cpu()
+            differs = (found >= 0) & (old[found] != new[found])
+            gone, moved = vectors[old[found]], elsewhere[found]
+            change, other = vectors[new[found]] - gone, vectors[new[moved]] - vectors[old[moved]]
+            yield (method.name, "concept"), put(change, differs)
+            yield (method.name, "random code"), put(vectors[random[found]] - gone, differs)
+            yield (method.name, "gaussian"), put(noise[found] * change.norm(dim=-1, keepdim=True), differs)
+            yield (method.name, "elsewhere"), put(other, (found >= 0) & (moved >= 0))
+            yield (method.name, "states"), put(there - here, differs)
+
+    own, edited = answer_edited(lm, texts, layer, centres, sentences, edit, config, ["every position"])
+    chance, answer = own.softmax(1), own.argmax(1)
+    goal = answer[pairs[:, 1]]
+    before, after = (chance[side].gather(1, goal[:, None])[:, 0] for side in pairs.T)
+    differing = {method.name: torch.zeros(len(pairs)).index_add_(0, place[:, 0], (old != new).float())
+                 for method, (old, new, _) in zip(methods, codes, strict=True)}
+    differing["all states"] = starts.diff().float()
+    return pd.concat([pd.DataFrame({
+        "method": name, "put": what, "seed": config.seed, "pair": np.arange(len(pairs)),
+        "turned": (answer[pairs[:, 0]] != goal).numpy(), "changed": differing[name].int().numpy(),
+        "gap": (after - before).numpy(), "moved": (logits.softmax(1).gather(1, goal[:, None])[:, 0] - before).numpy(),
+        "answered": (logits.argmax(1) == goal).numpy()}) for (name, what, _), logits in edited.items()],
+        ignore_index=True)
+
+
+def recovery(results: pd.DataFrame, config: ProbeSettings) -> pd.DataFrame:
+    """How much of an edit's effect on the answer `interchange` recovers, over pairs that turn it: a row per method and
+    put with value, the sum of moved over the sum of gap, over_control, its difference from random codes, each with
+    …_low and …_high (95 %, over pairs and seeds) and …_p, answered (share) and changed (words a pair)."""
+    turned, rows, of = results[results["turned"]], [], {}
+    for key, part in turned.groupby(["method", "put"], sort=False):
+        sums = part.pivot_table(index="seed", columns="pair", values=["moved", "gap"], aggfunc="sum")
+        weights = resamples(sums["gap"].shape[1], config).T
+        of[key] = (sums["moved"].to_numpy() @ weights) / (sums["gap"].to_numpy() @ weights)
+    for (method, put), statistics in of.items():
+        part = turned[(turned["method"] == method) & (turned["put"] == put)]
+        row = {"method": method, "put": put, "pairs": part["pair"].nunique(), "answered": part["answered"].mean(),
+               "changed": part["changed"].mean(), **interval(statistics).columns("value")}
+        if put != "random code" and (method, "random code") in of:
+            over = interval(statistics - of[method, "random code"])
+            row |= {**over.columns("over_control"), "over_control_p": over.p}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def recurring(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> float:
+    """The share of the concepts in use whose partner (`matched`) stands for more than half of the positions that either
+    of the two has (Jaccard)."""
+    return float((matched(codes, others, n_codes)[codes.unique()] > 0.5).double().mean())
+
+
 def overlaps(codes: Int[Tensor, "N"], others: Int[Tensor, "N"], n_codes: int) -> Float[Tensor, "K K"]:
     """For each code and each of another codebook: among positions that have either, the share of those that have both
     (Jaccard). 0 for a code without positions."""
@@ -5608,8 +5755,14 @@ class Pipeline:
             raise ValueError(f"method must be one of CLVQ-VAE, {', '.join((*CLUSTERS.values(), *found))}, not {name!r}")
         return found[name]
 
-    def find_planted(self, methods: Sequence[str] = ("CLVQ-VAE", "k-means", "random states")) -> pd.DataFrame:
-        """Whether methods find the shortcut of a `planted` corpus: the rank of its concept by effect on the answer.
+    def points(self, methods: Sequence[Any] = ()) -> list[Any]:
+        """Methods of the source layer whose concepts are points, by name or as they are; none: all that there are."""
+        names = ("CLVQ-VAE", "k-means", "spherical k-means", "Ward clusters", "random states", "random codes")
+        return [self.source_method(method) if isinstance(method, str) else method for method in methods or names]
+
+    def find_planted(self, methods: Sequence[Any] = ("CLVQ-VAE", "k-means", "random states")) -> pd.DataFrame:
+        """Whether methods (by name, or objects with the attributes of `Concepts`) find the shortcut of a `planted`
+        corpus: the rank of its concept by effect on the answer.
 
         The shortcut's concepts are those that most of its words have, one for each word of each phrase; the best of
         them counts. Ranked are the concepts of at least 3 evaluation sentences (and one in 200), those first whose
@@ -5628,18 +5781,69 @@ class Pipeline:
                  for span in [rationale_words(texts[sentence], phrase[sentence], self.config.words)] for i in span]
         marked = pd.DataFrame(words, columns=["sentence", "position", "marker"])
         rows = []
-        for method in methods:
-            codes = self.source_method(method).assign(acts.states[self.layers[0]])
+        points: Any
+        for method, points in zip(methods, self.points(methods), strict=True):
+            codes = points.assign(acts.states[self.layers[0]])
             tokens = acts.tokens.assign(concept=codes.numpy()).merge(marked, on=["sentence", "position"])
             concepts = set(tokens.groupby("marker")["concept"].agg(lambda codes: codes.mode()[0]))
-            table = effects_by_concept(self.effects if method == "CLVQ-VAE" else self.effects_of(method))
+            table = effects_by_concept(self.effects if method == "CLVQ-VAE" else self.effects_of(method)
+                                       if isinstance(method, str) else self.measure_effects(points))
             table = table[table["sentences"] >= max(3, len(texts) // 200)].sort_values("effect", kind="stable")
             place = np.flatnonzero(table["concept"].isin(concepts))
             best = table.iloc[place[0]] if len(place) else pd.Series(math.nan, table.columns)
-            rows.append({"method": method, "seed": self.config.seed, "rank": place[0] + 1 if len(place) else math.nan,
-                         "of": len(table), **best[["concept", "effect", "effect_low", "effect_high", "flipped"]],
+            rank = place[0] + 1 if len(place) else math.nan
+            rows.append({"method": points.name, "seed": self.config.seed, "rank": rank, "of": len(table),
+                         **best[["concept", "effect", "effect_low", "effect_high", "flipped"]],
                          "next_effect": table.loc[~table["concept"].isin(concepts), "effect"].min(),
                          "follows": follows, "chance": chance, "texts": int((other & (phrase != "")).sum())})
+        return pd.DataFrame(rows)
+
+    def planted_card(self, phrases: Sequence[str], label: str, share: float = 0.25, agree: float = 1.0,
+                     methods: Sequence[Any] = ()) -> pd.DataFrame:
+        """`find_planted` of `planted` over the `seeds`, each of which draws everything anew: the split, the texts that
+        get the phrase, fine-tuning, concepts. For the methods of `points`, by name."""
+        runs = [run.changed(data_seed=run.config.seed).planted(phrases, label, share, agree) for run in self.over_seeds]
+        names = methods or [method.name for method in self.points()]
+        return concat([run.find_planted(names) for run in runs])
+
+    def exchanged(self, n: int, others: Callable[[Pipeline], Sequence[Any]] | None = None) -> pd.DataFrame:
+        """`interchange` of both directions of the first n pairs of evaluation texts (column pair of the corpus), over
+        the `seeds`: `points`, and ``others`` that a function makes of a pipeline."""
+        if "pair" not in self.test:
+            raise ValueError(f"{self.config.dataset!r} has no column 'pair' that says which texts belong together")
+        whole = self.test.groupby("pair").groups
+        couples = [rows.tolist() for rows in whole.values() if len(rows) == 2][:n]
+        pairs = torch.tensor([couple[::step] for couple in couples for step in (1, -1)])
+        used, layer, parts = pairs.unique(), self.layers[0], []
+        texts = [self.test["text"][i] for i in used.tolist()]
+        acts = self.activations("test").choose(used)
+        for run in self.over_seeds:
+            methods = [*run.points(), *(others(run) if others else ())]
+            found = interchange(methods, self.language_model, texts, torch.searchsorted(used, pairs), acts, layer,
+                                self.centres, run.config)
+            parts.append(found.assign(pair=found["pair"] // 2))
+        return concat(parts)
+
+    def recurrence(self) -> pd.DataFrame:
+        """Do concepts come back? `recurring` over the words of the evaluation sentences, between a method trained on
+        sentences drawn with replacement and the same on others so drawn ("other text", with another seed, too), or on
+        the same ("other seed"): columns method, drawn, seed, value."""
+        train_acts, test, rows, source = self.activations("train"), self.activations("test"), [], self.layers[0]
+        words = test.states[source][torch.from_numpy(~test.tokens["is_summary"].to_numpy())]
+        for i, run in enumerate(self.over_seeds):
+            codes: dict[str, list[Tensor]] = {}
+            for text, seed in ((2 * i, 0), (2 * i + 1, 1), (2 * i, 1)):
+                draw = torch.Generator().manual_seed(self.config.seed + text)
+                acts = train_acts.choose(torch.randint(len(self.train), (len(self.train),), generator=draw))
+                config = run.config.replace(seed=run.config.seed + 1000 * seed)
+                found: list[Any] = [train(acts, config, self.layers)[0]]
+                found += [clusters(acts, source, how, config) for how in CLUSTERS]
+                for method in found:
+                    codes.setdefault(method.name, []).append(method.assign(words))
+            rows += [{"method": name, "drawn": drawn, "seed": run.config.seed,
+                      "value": recurring(first, other, self.config.n_codes)}
+                     for name, (first, *rest) in codes.items()
+                     for drawn, other in zip(("other text", "other seed"), rest, strict=True)]
         return pd.DataFrame(rows)
 
     @cached_property
@@ -5677,10 +5881,7 @@ class Pipeline:
         one, two = self.explain(text), self.explain(other)
         blank = pd.DataFrame({"word": [""], "concept": [-1]})                               # row -1: no word
         first, second = (pd.concat([side.words[["word", "concept"]], blank]) for side in (one, two))
-        matcher = difflib.SequenceMatcher(None, first["word"].tolist()[:-1], second["word"].tolist()[:-1], False)
-        pairs = [pair for _, i1, i2, j1, j2 in matcher.get_opcodes()
-                 for pair in itertools.zip_longest(range(i1, i2), range(j1, j2), fillvalue=-1)]
-        left, right = (np.array(side, dtype=int) for side in zip(*pairs, strict=True))
+        left, right = align_texts(first["word"].tolist()[:-1], second["word"].tolist()[:-1])
         table = pd.DataFrame({"place": left, "word": first["word"].to_numpy()[left],
                               "other_word": second["word"].to_numpy()[right],
                               "concept": first["concept"].to_numpy()[left],
@@ -5951,6 +6152,24 @@ def cell_settings(scale: str, models: str, datasets: str, prompted: str, **setti
             for model in map(str.strip, models.split(";")) for data in map(str.strip, datasets.split(";"))}
 
 
+def kept(path: Path | None, config: Config, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """A table from a file, or made and kept there (none: not kept), with columns settings and made (JSON). ValueError
+    if the file's has other settings."""
+    free = {"model", "dataset", "finetune"}                                                 # paths differ
+    if path and path.exists():
+        table = pd.read_parquet(path)
+        given = json.loads(table["settings"].iloc[0])
+        if other := [key for key, value in config.model_dump().items() if key not in free and given.get(key) != value]:
+            raise ValueError(f"{path} was measured with {other[0]} {given.get(other[0])}, not "
+                             f"{getattr(config, other[0])}: name another folder")
+        return table
+    table = make().assign(settings=config.to_json(), made=json.dumps(environment()))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, table.to_parquet)
+    return table
+
+
 def measure_cells(configs: Mapping[str, Config], measure: Callable[[str, Pipeline], pd.DataFrame], asked: int,
                   folder: Path | None = None) -> pd.DataFrame:
     """What ``measure`` (a cell's name, its pipeline) gives for each cell, and for all that the folder holds, which are
@@ -5959,27 +6178,20 @@ def measure_cells(configs: Mapping[str, Config], measure: Callable[[str, Pipelin
     With columns cell, model, data, right (accuracy of the classifier), classes, trained, evaluated, asked, states,
     layers, settings and made (JSON). ValueError if a cell of the folder has other settings than those of ``configs``.
     """
-    free = {"model", "dataset", "finetune"}                                                 # what a cell is
-    paths = sorted(folder.glob("*.parquet")) if folder else []
-    cells = {path.stem.replace("--", ", "): pd.read_parquet(path) for path in paths}
-    for (name, cell), config in itertools.product(cells.items(), configs.values()):
-        given = json.loads(cell["settings"].iloc[0])
-        if other := [key for key, value in config.model_dump().items() if key not in free and given.get(key) != value]:
-            raise ValueError(f"cell {name!r} in {folder} was measured with {other[0]} {given.get(other[0])}, not "
-                             f"{getattr(config, other[0])}: name another folder")
-    for name, config in configs.items():
-        if name in cells:
-            continue
-        pipeline = Pipeline(config).check()
-        cells[name] = measure(name, pipeline).assign(
+    def card(name: str) -> pd.DataFrame:
+        pipeline = Pipeline(config := configs[name]).check()
+        return measure(name, pipeline).assign(
             cell=name, model=Path(config.model).name, data=pipeline.corpus.attrs["name"], right=pipeline.accuracy,
             classes=len(pipeline.label_names), trained=len(pipeline.train), evaluated=len(pipeline.test),
             asked=min(asked, len(pipeline.test)), states=len(pipeline.activations("train").tokens),
-            layers="{} → {}".format(*pipeline.layers), settings=config.to_json(), made=json.dumps(environment()))
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / f"{name.replace(', ', '--')}.parquet", cells[name].to_parquet)
-    return pd.concat(cells.values(), ignore_index=True)
+            layers="{} → {}".format(*pipeline.layers))
+
+    paths: dict[str, Path | None] = {
+        path.stem.replace("--", ", "): path for path in (sorted(folder.glob("*.parquet")) if folder else [])}
+    paths |= {name: folder / f"{name.replace(', ', '--')}.parquet" if folder else None for name in configs}
+    config = next(iter(configs.values()))
+    return pd.concat([kept(path, configs.get(name, config), partial(card, name)) for name, path in paths.items()],
+                     ignore_index=True)
 
 
 def published_cells(names: Iterable[str], layers: tuple[int, int] = (8, 12), **columns: Any) -> list[str]:

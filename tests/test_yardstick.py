@@ -380,7 +380,7 @@ def test_a_finished_cell_is_kept_and_shown_and_one_of_other_settings_is_refused(
     assert (row["cell"], row["trained"], row["evaluated"], row["asked"], row["layers"]) == ("minilm, movies", 100, 40, 40, "4 → 6")
     assert json.loads(row["settings"])["n_codes"] == 12 and "commit" in json.loads(row["made"])
     other = {"minilm, news": clvq.configure("smoke", **QUICK | {"n_codes": 13})}
-    with refused("'minilm, movies'", "n_codes 12", "not 13", "another folder"):
+    with refused("minilm--movies", "n_codes 12", "not 13", "another folder"):
         clvq.measure_cells(other, measure, 1000, tmp_path / "cells")
     clvq.measure_cells(configs, measure, 1000)
     assert len(measured) == 2

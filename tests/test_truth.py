@@ -1,0 +1,155 @@
+"""Known truths: planted shortcuts over seeds, concepts exchanged along human edits, concepts that come back."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import clvq_core as clvq
+
+QUICK = dict(
+    train_sentences=100, test_sentences=40, finetune_epochs=1, epochs=1, n_codes=12, folds=3, probe_epochs=3, seeds=2, bootstrap=50
+)  # fmt: skip
+
+
+def write_edits(folder, train=60, test=20):
+    """Human edits in the form of their authors: a dull or a fine film."""
+    folder.mkdir()
+    for split, n in (("train", train), ("test", test)):
+        rows = [(label, f"{split} film number {i} was {word} to watch .<br /><br />Really .", i)
+                for i in range(n) for label, word in (("Negative", "dull"), ("Positive", "fine"))]  # fmt: skip
+        pd.DataFrame(rows, columns=["Sentiment", "Text", "batch_id"]).to_csv(folder / f"{split}_paired.tsv", sep="\t", index=False)
+    return folder
+
+
+# --- human edits ------------------------------------------------------------------------------------------------------
+
+
+def test_human_edits_are_read_as_pairs_without_line_breaks(tmp_path, refused):
+    settings = clvq.configure("smoke", dataset=f"cad:{write_edits(tmp_path / 'cad')}", test_sentences=40)
+    corpus = clvq.load_corpus(settings)
+    assert corpus.attrs["label_names"] == ["negative", "positive"] and corpus.attrs["name"] == "cad"
+    test = corpus[corpus["split"] == "test"]
+    assert test.groupby("pair").size().eq(2).all() and test["pair"].nunique() == 20
+    assert test["text"].iloc[0] == "test film number 0 was dull to watch . Really ."
+    with refused("cad:PATH", "train_paired.tsv"):
+        clvq.load_corpus(settings.replace(dataset="cad"))
+    (tmp_path / "cad" / "test_paired.tsv").unlink()
+    with refused("no test_paired.tsv"):
+        clvq.load_corpus(settings)
+
+
+@pytest.mark.parametrize(
+    ("words", "others", "expected"),
+    [
+        ("a b c", "a x c", [(0, 0), (1, 1), (2, 2)]),
+        ("a b c", "a c", [(0, 0), (1, -1), (2, 1)]),
+        ("a c", "a b c", [(0, 0), (-1, 1), (1, 2)]),
+        ("", "a", [(-1, 0)]),
+        ("", "", []),
+    ],
+)
+def test_texts_are_aligned_by_what_they_share(words, others, expected):
+    assert list(zip(*map(list, clvq.align_texts(words.split(), others.split())), strict=True)) == expected
+
+
+@pytest.fixture(scope="module")
+def edits(tmp_path_factory):
+    folder = write_edits(tmp_path_factory.mktemp("edits") / "cad")
+    config = clvq.configure("smoke", **QUICK | {"train_sentences": 120}, dataset=f"cad:{folder}", source_layer=0, target_layer=6)
+    return clvq.Pipeline(config)
+
+
+def whole_states(run):
+    """Every state a concept of its own: what an exchange of concepts puts in are the other text's states."""
+    states = run.activations("test").states[0].float()
+    return [clvq.Concepts("whole states", 0, states, centre=states.mean(0))]
+
+
+def test_exchanged_embeddings_give_the_answer_to_the_other_text_and_other_controls_do_not(edits):
+    found = edits.exchanged(10, whole_states)
+    assert found.groupby(["method", "put", "seed"]).size().eq(20).all() and set(found["seed"]) == {42, 43}
+    exact = found[(found["method"] == "whole states") & (found["put"] == "concept") | (found["method"] == "all states")]
+    assert exact["gap"].abs().min() > 1e-4
+    assert np.allclose(exact["moved"], exact["gap"], atol=2e-3 + 0.02 * exact["gap"].abs().max()) and exact["answered"].all()
+    one = found[found["method"] == "whole states"].set_index("put")
+    assert (one["changed"] == 1).all()  # dull and fine are the only words whose embeddings differ
+    for control in ("gaussian", "random code", "elsewhere"):
+        assert (one.loc[control, "moved"] - one.loc[control, "gap"]).abs().max() > 5 * (exact["moved"] - exact["gap"]).abs().max()
+    both = found[(found["method"] == "whole states") & (found["put"] == "concept")].groupby(["seed", "pair"])["gap"].sum()
+    there = found.query("method == 'whole states' and put == 'concept' and seed == 42")["gap"].to_numpy().reshape(-1, 2)
+    same = found.query("method == 'whole states' and put == 'concept' and seed == 42 and not turned")
+    if len(same) == 20:  # the same answer to both: the two directions are opposite
+        assert np.allclose(there[:, 0], -there[:, 1], atol=1e-5) and np.allclose(both, 0, atol=1e-5)
+
+
+def test_texts_without_pairs_are_refused(refused):
+    with refused("column 'pair'"):
+        clvq.Pipeline(clvq.configure("smoke", **QUICK)).exchanged(5)
+
+
+def test_recovery_is_the_ratio_of_sums_over_pairs_that_turn_the_answer():
+    rows = [
+        {"method": "m", "put": put, "seed": seed, "pair": pair, "turned": pair > 0, "changed": 2, "gap": 0.5 + 0.1 * pair,
+         "moved": (0.5 + 0.1 * pair) * share if pair else 9.0, "answered": share > 0.4}
+        for put, share in (("concept", 0.6), ("random code", 0.1)) for seed in (0, 1) for pair in range(8)
+    ]  # fmt: skip
+    table = clvq.recovery(pd.DataFrame(rows), clvq.configure("smoke", bootstrap=50)).set_index("put")
+    assert table["value"].round(6).to_dict() == {"concept": 0.6, "random code": 0.1}
+    assert table.loc["concept", "over_control"] == pytest.approx(0.5) and table.loc["concept", "pairs"] == 7
+    assert table.loc["concept", "answered"] == 1 and np.isnan(table.loc["random code", "over_control"])
+
+
+# --- concepts that come back ------------------------------------------------------------------------------------------
+
+
+def test_chosen_sentences_bring_their_states_and_may_repeat(tiny_acts):
+    chosen = tiny_acts.choose(torch.tensor([5, 2, 5]))
+    rows = [tiny_acts.rows(torch.tensor([i])) for i in (5, 2, 5)]
+    assert torch.equal(chosen.states[1], tiny_acts.states[1][torch.cat(rows)])
+    assert chosen.lengths.tolist() == [len(part) for part in rows]
+    assert chosen.tokens["sentence"].tolist() == [i for i, part in enumerate(rows) for _ in part]
+    assert torch.equal(chosen.states[0][chosen.rows(torch.tensor([1]))], tiny_acts.states[0][rows[1]])
+
+
+def test_the_share_that_comes_back_counts_concepts_in_use_that_share_most_of_their_words():
+    codes = torch.tensor([0] * 10 + [1] * 10 + [2] * 10)
+    assert clvq.recurring(codes, (codes + 1) % 5, 5) == 1
+    half = codes.clone()
+    half[10:20:2] = 4  # concept 1 keeps 5 of 10: a Jaccard of one half is not enough
+    assert clvq.recurring(codes, half, 5) == pytest.approx(2 / 3)
+    assert clvq.recurring(codes, torch.arange(30) % 5, 5) == 0
+
+
+def test_concepts_come_back_more_often_on_the_same_text_and_never_by_chance(tmp_path):
+    table = clvq.Pipeline(clvq.configure("smoke", **QUICK)).recurrence()
+    assert set(table["method"]) == {"CLVQ-VAE", *clvq.CLUSTERS.values()} and set(table["drawn"]) == {"other text", "other seed"}
+    assert len(table) == 2 * 2 * 5 and table["value"].between(0, 1).all()
+    ward = table[table["method"] == "Ward clusters"].groupby("drawn")["value"].mean()
+    assert ward["other seed"] >= ward["other text"]
+
+
+# --- shortcuts over seeds ---------------------------------------------------------------------------------------------
+
+
+def test_a_shortcut_is_planted_anew_with_each_seed_and_a_strangers_method_is_ranked_too():
+    pipeline = clvq.Pipeline(clvq.configure("smoke", **QUICK))
+    card = pipeline.planted_card(["tuesday"], "positive", methods=["k-means", "random codes"])
+    assert card[["method", "seed"]].to_numpy().tolist() == [[m, s] for s in (42, 43) for m in ("k-means", "random codes")]
+    hidden = [run.changed(data_seed=run.config.seed).planted(["tuesday"], "positive") for run in pipeline.over_seeds]
+    assert not hidden[0].test["text"].equals(hidden[1].test["text"])
+    found = hidden[0].find_planted([hidden[0].clusters("kmeans++")]).iloc[0]
+    pd.testing.assert_series_equal(found, card.iloc[0], check_names=False)
+
+
+def test_a_table_is_kept_with_what_it_was_made_with(tmp_path, refused):
+    config, path = clvq.configure("smoke"), tmp_path / "new" / "table.parquet"
+    first = clvq.kept(path, config, lambda: pd.DataFrame({"value": [1.5]}))
+    again = clvq.kept(path, config.replace(dataset="elsewhere"), lambda: pytest.fail("made anew"))
+    pd.testing.assert_frame_equal(first, again)
+    assert json.loads(first["settings"][0])["seed"] == config.seed and json.loads(first["made"][0])["torch"]
+    with refused("table.parquet", "seed 42, not 7", "another folder"):
+        clvq.kept(path, config.replace(seed=7), lambda: None)
+    assert len(clvq.kept(None, config, lambda: pd.DataFrame({"value": [1]}))) == 1
