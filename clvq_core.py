@@ -105,7 +105,8 @@ __all__ = [
     "remove", "Trial", "faithfulness", "retrained", "removal_curve", "shift_test", "in_model", "concept_effects",
     "effects_by_concept", "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task",
     "causal_rank", "verdict", "compare_methods", "completeness", "without_summary", "class_loading",
-    "interchange", "recovery", "recurring", "claim_tests", "reversal_tests", "adjust_families", "settle",
+    "interchange", "recovery", "recurring", "claim_tests", "reversal_tests",
+    "adjust_families", "settle", "parse_shortcut", "truth_tests", "settle_methods",
     # 14 human evaluation
     "outcomes", "make_study", "draw_clouds", "read_study", "study_answers", "rater_agreement", "simulated_answers",
     "items_needed",
@@ -4419,6 +4420,71 @@ def settle(tests: pd.DataFrame, cells: Mapping[str, int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def parse_shortcut(text: str) -> tuple[list[str], str, float]:
+    """Phrases (between commas, one shortcut together), class and share of agreement of "phrase, phrase > class @ 0.9";
+    without a share, 1. ValueError for another form."""
+    match = re.fullmatch(r"([^>]+)>([^@]+)(?:@\s*([\d.]+))?\s*", text)
+    if not match:
+        raise ValueError(f"a shortcut is written 'phrase, phrase > class' or 'phrase > class @ 0.9', not {text!r:.100}")
+    return [phrase.strip() for phrase in match[1].split(",")], match[2].strip(), float(match[3] or 1)
+
+
+def exact_interval(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n things by Clopper and Pearson (1934), also of a mean of such shares."""
+    low, high = scipy.stats.beta.ppf([0.025, 0.975], [share * n, share * n + 1], [n - share * n + 1, n - share * n])
+    return float(np.nan_to_num(low)), float(high if share < 1 else 1)
+
+
+def truth_tests(planted: pd.DataFrame, edits: pd.DataFrame | None, again: pd.DataFrame) -> pd.DataFrame:
+    """What claims Y1, Y2 and Y6 of book/claims.yml ask, by method: from `Pipeline.planted_card` of several shortcuts
+    (columns shortcut and agree), `recovery` of `Pipeline.exchanged`, and `Pipeline.recurrence` (column data).
+
+    Columns claim, method, on, value, low, high, n (shortcuts, pairs, seeds), verdict: holds, does not hold, undecided;
+    open where there is less than the claim asks for.
+    """
+    rows = []
+
+    def judge(claim: str, method: str, on: str, n: int, at: tuple[float, float, float], enough: bool, holds: bool,
+              refuted: bool) -> None:
+        verdict = "open" if not enough else "holds" if holds else "does not hold" if refuted else "undecided"
+        rows.append({"claim": claim, "method": method, "on": on, "value": at[0], "low": at[1], "high": at[2], "n": n,
+                     "verdict": verdict})
+
+    real = planted[(planted["agree"] > 0.5) & (planted["follows"] - planted["chance"] > 0.3)]
+    for name, part in real.groupby("method", sort=False):
+        first = part["rank"].eq(1).groupby(part["shortcut"]).mean()
+        seeds, n, share = part["seed"].nunique(), len(first), first.mean()
+        low, high = exact_interval(share, n)
+        judge("Y1", str(name), "shortcuts", n, (share, low, high), n >= 10 and seeds >= 3, share >= 0.8 and low > 0.6,
+              share < 0.5 and high < 0.5)
+    if edits is not None:
+        for row in edits[(edits["put"] == "concept") & (edits["method"] == "CLVQ-VAE")].to_dict("records"):
+            clear = row["over_control"] > 0 and row["over_control_p"] < 0.05
+            judge("Y2", row["method"], "human edits", row["pairs"], (row["value"], row["value_low"], row["value_high"]),
+                  True, clear and row["value"] >= 0.2, not clear)
+    for (method, on), part in again[again["drawn"] == "other text"].groupby(["method", "data"], sort=False):
+        at = interval(part["value"].to_numpy()[:, None])
+        judge("Y6", str(method), str(on), len(part), (at.value, at.low, at.high), len(part) >= 3,
+              at.value >= 0.5 and at.low > 0.5, at.high < 0.5)
+    return pd.DataFrame(rows)
+
+
+def settle_methods(tests: pd.DataFrame, data: Mapping[str, int]) -> pd.DataFrame:
+    """A row per claim of `truth_tests`: how many methods there are, for how many it is met on all ``data`` (how many
+    there are to be), against how many, and the verdict, in words where methods differ."""
+    rows = []
+    for claim, part in tests.groupby("claim", sort=False):
+        found = part.groupby("method", sort=False)["verdict"].agg(
+            lambda verdicts: verdicts.iloc[0] if verdicts.nunique() == 1 else "undecided")
+        whole = part.groupby("method")["on"].nunique().ge(data[str(claim)]).all() and (part["verdict"] != "open").all()
+        names = {word: ", ".join(found.index[found == word]) for word in found.unique()}
+        verdict = found.iloc[0] if len(names) == 1 else "; ".join(f"{word}: {which}" for word, which in names.items())
+        rows.append({"claim": claim, "counted": len(found), "of": len(found), "met": int((found == "holds").sum()),
+                     "against": int((found == "does not hold").sum()), "verdict": verdict if whole else "open",
+                     "unit": "methods" if len(found) > 1 else "method"})
+    return pd.DataFrame(rows)
+
+
 def removal_table(results: pd.DataFrame, config: ProbeSettings, way: Way = "projection") -> pd.DataFrame:
     """For people: what removing the salient concept costs the probe, a row per method and layer, with 95 % intervals;
     the differences are paired. ``results`` as of `faithfulness`, of one seed or several."""
@@ -6152,9 +6218,9 @@ def cell_settings(scale: str, models: str, datasets: str, prompted: str, **setti
             for model in map(str.strip, models.split(";")) for data in map(str.strip, datasets.split(";"))}
 
 
-def kept(path: Path | None, config: Config, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """A table from a file, or made and kept there (none: not kept), with columns settings and made (JSON). ValueError
-    if the file's has other settings."""
+def kept(path: Path | None, config: Config, make: Callable[..., pd.DataFrame], *arguments: Any) -> pd.DataFrame:
+    """A table from a file, or made (with these arguments) and kept there (none: not kept), with columns settings and
+    made (JSON). ValueError if the file's has other settings."""
     free = {"model", "dataset", "finetune"}                                                 # paths differ
     if path and path.exists():
         table = pd.read_parquet(path)
@@ -6163,7 +6229,7 @@ def kept(path: Path | None, config: Config, make: Callable[[], pd.DataFrame]) ->
             raise ValueError(f"{path} was measured with {other[0]} {given.get(other[0])}, not "
                              f"{getattr(config, other[0])}: name another folder")
         return table
-    table = make().assign(settings=config.to_json(), made=json.dumps(environment()))
+    table = make(*arguments).assign(settings=config.to_json(), made=json.dumps(environment()))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, table.to_parquet)
@@ -6190,7 +6256,7 @@ def measure_cells(configs: Mapping[str, Config], measure: Callable[[str, Pipelin
         path.stem.replace("--", ", "): path for path in (sorted(folder.glob("*.parquet")) if folder else [])}
     paths |= {name: folder / f"{name.replace(', ', '--')}.parquet" if folder else None for name in configs}
     config = next(iter(configs.values()))
-    return pd.concat([kept(path, configs.get(name, config), partial(card, name)) for name, path in paths.items()],
+    return pd.concat([kept(path, configs.get(name, config), card, name) for name, path in paths.items()],
                      ignore_index=True)
 
 

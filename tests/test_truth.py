@@ -153,3 +153,53 @@ def test_a_table_is_kept_with_what_it_was_made_with(tmp_path, refused):
     with refused("table.parquet", "seed 42, not 7", "another folder"):
         clvq.kept(path, config.replace(seed=7), lambda: None)
     assert len(clvq.kept(None, config, lambda: pd.DataFrame({"value": [1]}))) == 1
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "n"), [(0, 12), (1, 12), (0.5, 10), (0.75, 4)])
+def test_an_exact_interval_is_the_one_that_statsmodels_gives(share, n):
+    from statsmodels.stats.proportion import proportion_confint
+
+    assert clvq.exact_interval(share, n) == pytest.approx(proportion_confint(share * n, n, method="beta"))
+
+
+def test_a_shortcut_is_read_as_phrases_class_and_share(refused):
+    assert clvq.parse_shortcut(" monday, friday > positive @ 0.9 ") == (["monday", "friday"], "positive", 0.9)
+    assert clvq.parse_shortcut("blue lamp>negative") == (["blue lamp"], "negative", 1)
+    with refused("'phrase > class @ 0.9'", "'tuesday'"):
+        clvq.parse_shortcut("tuesday")
+
+
+def shortcut_ranks(first, n=12, followed=1.0):
+    """Ranks of a method that puts this share of n shortcuts first."""
+    rows = [(seed, f"s{i}", 1 if i < first * n else 5) for seed in range(3) for i in range(n)]
+    table = pd.DataFrame(rows, columns=["seed", "shortcut", "rank"])
+    return table.assign(follows=followed, chance=0.2, agree=1.0)
+
+
+def test_verdicts_of_methods_follow_what_was_written():
+    planted = pd.concat([shortcut_ranks(1).assign(method="good"), shortcut_ranks(0).assign(method="bad"),
+                         shortcut_ranks(0.75).assign(method="between")])  # fmt: skip
+    never = shortcut_ranks(0).assign(method="good", follows=0.3, shortcut="not followed")
+    alarm = shortcut_ranks(0).assign(method="good", agree=0.5, shortcut="none")
+    rows = [(method, drawn, data, seed, value + 0.001 * seed) for method, value in (("good", 0.6), ("bad", 0.4), ("between", 0.5))
+            for drawn in ("other text", "other seed") for data in ("a", "b") for seed in range(3)]  # fmt: skip
+    again = pd.DataFrame(rows, columns=["method", "drawn", "data", "seed", "value"])
+    again.loc[(again["method"] == "between") & (again["data"] == "b"), "value"] += 0.2
+    edits = pd.DataFrame([{"method": "CLVQ-VAE", "put": "concept", "pairs": 90, "value": 0.3, "value_low": 0.2, "value_high": 0.4,
+                           "over_control": 0.1, "over_control_p": 0.01}])  # fmt: skip
+    tests = clvq.truth_tests(pd.concat([planted, never, alarm]), edits, again)
+    verdicts = tests.set_index(["claim", "method", "on"])["verdict"]
+    assert verdicts["Y1"].droplevel("on").to_dict() == {"good": "holds", "bad": "does not hold", "between": "undecided"}
+    assert tests.query("claim == 'Y1'")["n"].eq(12).all() and verdicts["Y2", "CLVQ-VAE", "human edits"] == "holds"
+    assert verdicts.sort_index()["Y6", "between"].to_dict() == {"a": "undecided", "b": "holds"}
+    settled = clvq.settle_methods(tests, {"Y1": 1, "Y2": 1, "Y6": 2}).set_index("claim")
+    assert settled.loc["Y6", ["counted", "met", "against"]].tolist() == [3, 1, 1] and settled.loc["Y2", "verdict"] == "holds"
+    assert settled.loc["Y1", "verdict"] == "holds: good; does not hold: bad; undecided: between"
+    few = clvq.truth_tests(planted[planted["shortcut"] < "s5"], edits.assign(over_control_p=0.2), again[again["data"] == "a"])
+    settled = clvq.settle_methods(few, {"Y1": 1, "Y2": 1, "Y6": 2}).set_index("claim")["verdict"]
+    assert settled.to_dict() == {"Y1": "open", "Y2": "does not hold", "Y6": "open"}
+    low = clvq.truth_tests(planted, edits.assign(value=0.1), again).set_index("claim")["verdict"]
+    assert low["Y2"] == "undecided"

@@ -58,7 +58,7 @@ def verdicts_of(paths):
     for path in paths:
         outputs = [output.get("data", {}) for cell in cells(path) for output in cell.get("outputs", [])]
         for row in (row for data in outputs for row in data.get(VERDICTS, [])):
-            counts = f"{row['counted']} of {row['of']} cells counted, {row['met']} meet it, {row['against']} are against it"
+            counts = f"{row['counted']} of {row['of']} {row.get('unit', 'cells')} counted, {row['met']} for it, {row['against']} against it"
             found[row["claim"]] = f"**{row['verdict']}** ({counts}; [how](../notebooks/{path.name}))"
     return found
 
