@@ -539,6 +539,108 @@ def show_report(
 
 
 @app.command()
+def score(
+    mine: Annotated[list[str] | None, Argument(metavar="[METHOD]...", help="Your concepts: a file of vectors, or "
+                                               "module:function.")] = None,
+    model: Annotated[str | None, Option(help="minilm, smollm2, a folder, or an id on the Hub.")] = None,
+    data: Annotated[str | None, Option(help="What it was, or will be, trained on: movies, news, a file, …")] = None,
+    scale: Annotated[Scale, Option(help="Size of everything.")] = "laptop",
+    beside: Annotated[str, Option(help="Methods to compare with, between commas; all: every one, which takes longer.")]
+    = "k-means,random states",
+    asked: Annotated[int, Option(min=10, help="How many sentences the model itself is asked.")] = 200,
+    output: Annotated[Path | None, Option(help="Also write all numbers: .parquet or .csv.")] = None,
+    parameters: Pairs = None,
+) -> None:
+    """Score concept methods: what the probe and the model itself lose without their concepts, and whether these are
+    enough to answer as the model does.
+
+    Your own go in as a file of vectors of the source layer, a row per concept (.npy, .safetensors, .parquet or .csv; a
+    state has the nearest one), or as a Python function that takes a clvq_core.Pipeline and gives a list of objects with
+    the attributes of clvq_core.Concepts.
+
+    \b
+    examples:
+      clvq score
+      clvq score centroids.npy --data reviews.csv
+      clvq score my_methods:build --beside all --output card.parquet
+      clvq score --beside "k-means,Ward clusters" --scale smoke -p seeds 2
+    """
+    from clvq_core import Pipeline, configure, score_table, write_whole
+
+    if output and output.suffix not in (".parquet", ".csv"):
+        raise ValueError(f"{str(output)!r} must end in .parquet or .csv")
+    settings = {**read_pairs(parameters), **({"model": model} if model else {}), **({"dataset": data} if data else {})}
+    makers = [read_method(text) for text in mine or ()]
+    pipeline = Pipeline(configure(scale, **settings)).check()
+    only = [] if beside == "all" else [name.strip() for name in beside.split(",")]
+    card = pipeline.scorecard(asked, lambda run: [method for make in makers for method in make(run)], only)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write = card.to_parquet if output.suffix == ".parquet" else card.to_csv
+        write_whole(output, lambda partial: write(partial, index=False))
+    print(score_table(card).to_string(index=False))
+    seeds, source, target = len(pipeline.over_seeds), *pipeline.layers
+    print(f"\n{name_of(pipeline)}, layers {source} to {target}, {seeds} seed{'s' * (seeds > 1)}. In brackets: 95 % "
+          "intervals. Answers changed: by the model itself, when the concept of the most salient word is taken out of "
+          "every position, around the mean. What the numbers mean: the book's page \"Metrics\".")
+
+
+def read_method(text: str) -> Callable[[Pipeline], Sequence[Any]]:
+    """What makes concept methods of a pipeline: "module:function", or a file of vectors. ValueError for anything else,
+    and when made, for vectors of another width than the model's."""
+    import importlib
+
+    path, (module, _, name) = Path(text), text.partition(":")
+    if path.suffix in (".npy", ".safetensors", ".parquet", ".csv"):
+        vectors = read_vectors(path)
+
+        def make(pipeline: Pipeline) -> Sequence[Any]:
+            from clvq_core import Concepts
+
+            if vectors.shape[1] != (width := pipeline.sizes.hidden_size):
+                raise ValueError(f"{path} has vectors of width {vectors.shape[1]}, and the model's states have {width}")
+            states = pipeline.activations("train").states[pipeline.layers[0]]
+            return [Concepts(path.stem, pipeline.layers[0], vectors, centre=states.float().mean(0))]
+
+        return make
+    if not (module.replace(".", "").isidentifier() and name.isidentifier()):
+        raise ValueError(f"{text!r} is neither a file of vectors (.npy, .safetensors, .parquet, .csv) nor "
+                         "module:function")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no function {name!r} in a module {module!r} here: {error}") from None
+    finally:
+        sys.path.pop(0)
+
+
+def read_vectors(path: Path) -> Any:
+    """The vectors (K, D) of a file, in float32. ValueError if it holds something else."""
+    import numpy as np
+    import pandas as pd
+    import torch
+    from safetensors.torch import load_file
+
+    from clvq_core import explain_failure
+
+    with explain_failure(f"{path} holds no table of vectors, a row per concept", Exception):
+        if path.suffix == ".npy":
+            vectors = torch.from_numpy(np.load(path, allow_pickle=False))
+        elif path.suffix == ".safetensors":
+            tensors = load_file(path)
+            vectors = tensors["vectors"] if "vectors" in tensors else next(iter(tensors.values()))
+        else:
+            frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, header=None)
+            vectors = torch.from_numpy(frame.to_numpy(float))
+        vectors = vectors.float()
+    if vectors.ndim != 2 or len(vectors) < 2 or not vectors.isfinite().all():
+        raise ValueError(f"{path} must hold at least two vectors of finite numbers, a row each, and has shape "
+                         f"{tuple(vectors.shape)}")
+    return vectors
+
+
+@app.command()
 def annotate(
     study: Annotated[Path, Argument(help="Folder of the study.")],
     methods: Annotated[list[str] | None, Option("--method", help="Repeatable: CLVQ-VAE, Ward clusters, …")] = None,

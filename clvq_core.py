@@ -106,7 +106,7 @@ __all__ = [
     "effects_by_concept", "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task",
     "causal_rank", "verdict", "compare_methods", "completeness", "without_summary", "class_loading",
     "interchange", "recovery", "recurring", "claim_tests", "reversal_tests",
-    "adjust_families", "settle", "parse_shortcut", "truth_tests", "settle_methods",
+    "adjust_families", "settle", "score_table", "parse_shortcut", "truth_tests", "settle_methods",
     # 14 human evaluation
     "outcomes", "make_study", "draw_clouds", "read_study", "study_answers", "rater_agreement", "simulated_answers",
     "items_needed",
@@ -176,7 +176,8 @@ class CorpusSettings(Settings):
 
     dataset: str = "movies"
     """``movies``, ``news``; a file (.csv, .tsv, .jsonl, .json, .parquet); ``owner/name`` on the Hub; or one of the
-    paper's: ``eraser-movie`` and ``ag_news``, from the Hub or as ``ag_news:PATH``, and ``jigsaw:PATH``."""
+    paper's: ``eraser-movie`` and ``ag_news``, from the Hub or as ``ag_news:PATH``, and ``jigsaw:PATH``; human edits:
+    ``cad:PATH``."""
     text_column: str = "text"
     """Column of a file or Hub data set that holds the text."""
     label_column: str = "label"
@@ -2745,6 +2746,10 @@ CLUSTERS: dict[Any, str] = {"ward": "Ward clusters", "kmeans++": "k-means", "sph
                             "random": "random states"}
 
 
+POINTS = ("CLVQ-VAE", "k-means", "spherical k-means", "Ward clusters", "random states", "random codes")
+"""Methods whose concepts are points among the states of the source layer."""
+
+
 def clusters(acts: Activations, layer: int, how: str, config: Config) -> Concepts:
     """`n_codes` clusters of the training states, by one of `CLUSTERS`: Ward linkage of `cluster_points` of them (Yu et
     al. 2024), k-means, spherical k-means, where CLVQ-VAE starts (equation 2), or random states. A state is in that of
@@ -4335,6 +4340,20 @@ def claim_tests(cells: pd.DataFrame) -> pd.DataFrame:
     return adjust_families(pd.DataFrame(rows))
 
 
+def score_table(card: pd.DataFrame) -> pd.DataFrame:
+    """For people: a row per method of the lowest layer of `Pipeline.scorecard`, those first whose concepts change most
+    answers above their control, with 95 % intervals over sentences and seeds."""
+    taken = card[(card["removed"] == "concept") & (card["layer"] == card["layer"].min()) & (card["way"] != "projection")]
+    probe, model, told = (taken[taken["test"] == test].set_index("method") for test in ("probe", "model", "complete"))
+    rows = [{"method": name, "answers changed": interval_cell(row, "value", ".1%"),
+             "above a random code": interval_cell(row, "over_control", "+.1%"),
+             "above CLVQ-VAE": "–" if name == "CLVQ-VAE" else interval_cell(row, "over_clvq", "+.1%"),
+             "probe, against a random code": interval_cell(probe.loc[name], "over_control", "+.3f"),
+             "completeness": interval_cell(told.loc[name], "value", ".2f") if name in told.index else "–"}
+            for name, row in model.sort_values("over_control", ascending=False, kind="stable").iterrows()]
+    return pd.DataFrame(rows)
+
+
 def reversal_tests(answers: pd.DataFrame, loading: pd.DataFrame, cell: str, config: ProbeSettings) -> pd.DataFrame:
     """What claims O3 and O4 ask of one cell, from `Pipeline.anatomy` of all seeds: rows as of `claim_tests`, not
     adjusted yet.
@@ -5538,9 +5557,10 @@ class Pipeline:
         means = loading.groupby("method")[["loading", "auc", "cosine", "gone"]].mean()
         return table.join(means, on="method"), reversal_tests(answers, loading, cell, self.config)
 
-    def scorecard(self, asked: int = 400, others: Callable[[Pipeline], Sequence[Any]] | None = None) -> pd.DataFrame:
-        """The yardstick over the `seeds`, for every method and for the ``others`` that a function makes of this
-        pipeline with each seed: objects with the attributes of `Concepts`.
+    def scorecard(self, asked: int = 400, others: Callable[[Pipeline], Sequence[Any]] | None = None,
+                  only: Sequence[str] = ()) -> pd.DataFrame:
+        """The yardstick over the `seeds`, for every method (or ``only`` CLVQ-VAE and some of `POINTS`) and for the
+        ``others`` that a function makes of this pipeline with each seed: objects with the attributes of `Concepts`.
 
         A row per test (probe, model, complete, summary), method, layer, removed and way. value: accuracy of the probe;
         share of the model's answers that change; completeness; share that change without the summary state. Then
@@ -5552,9 +5572,14 @@ class Pipeline:
         """
         config, source, runs, parts = self.config, self.layers[0], self.over_seeds, []
         added = [list(others(run)) if others else [] for run in runs]
-        every = [[*run.methods, *run.more_methods, *new] for run, new in zip(runs, added, strict=True)]
-        tables = [run.yardstick(asked) for run in runs]
-        tables += [run.measure(new, asked) for run, new in zip(runs, added, strict=True) if new]
+        if only:
+            every = [[*run.points(list(dict.fromkeys(["CLVQ-VAE", *only]))), *new]
+                     for run, new in zip(runs, added, strict=True)]
+            tables = [run.measure(methods, asked) for run, methods in zip(runs, every, strict=True)]
+        else:
+            every = [[*run.methods, *run.more_methods, *new] for run, new in zip(runs, added, strict=True)]
+            tables = [run.yardstick(asked) for run in runs]
+            tables += [run.measure(new, asked) for run, new in zip(runs, added, strict=True) if new]
         probe, model, complete = (concat(results) for results in zip(*tables, strict=True))
         clvq, keys = {"method": "CLVQ-VAE", "layer": source}, ["method", "layer", "removed", "way", "seed", "sentence"]
         parts.append(compared(probe, config, "accuracy", {"over_control": "random code", "over_random": "gaussian",
@@ -5822,9 +5847,8 @@ class Pipeline:
         return found[name]
 
     def points(self, methods: Sequence[Any] = ()) -> list[Any]:
-        """Methods of the source layer whose concepts are points, by name or as they are; none: all that there are."""
-        names = ("CLVQ-VAE", "k-means", "spherical k-means", "Ward clusters", "random states", "random codes")
-        return [self.source_method(method) if isinstance(method, str) else method for method in methods or names]
+        """Methods of the source layer whose concepts are points, by name or as they are; none: all of `POINTS`."""
+        return [self.source_method(method) if isinstance(method, str) else method for method in methods or POINTS]
 
     def find_planted(self, methods: Sequence[Any] = ("CLVQ-VAE", "k-means", "random states")) -> pd.DataFrame:
         """Whether methods (by name, or objects with the attributes of `Concepts`) find the shortcut of a `planted`
@@ -5867,10 +5891,9 @@ class Pipeline:
     def planted_card(self, phrases: Sequence[str], label: str, share: float = 0.25, agree: float = 1.0,
                      methods: Sequence[Any] = ()) -> pd.DataFrame:
         """`find_planted` of `planted` over the `seeds`, each of which draws everything anew: the split, the texts that
-        get the phrase, fine-tuning, concepts. For the methods of `points`, by name."""
+        get the phrase, fine-tuning, concepts."""
         runs = [run.changed(data_seed=run.config.seed).planted(phrases, label, share, agree) for run in self.over_seeds]
-        names = methods or [method.name for method in self.points()]
-        return concat([run.find_planted(names) for run in runs])
+        return concat([run.find_planted(methods or POINTS) for run in runs])
 
     def exchanged(self, n: int, others: Callable[[Pipeline], Sequence[Any]] | None = None) -> pd.DataFrame:
         """`interchange` of both directions of the first n pairs of evaluation texts (column pair of the corpus), over

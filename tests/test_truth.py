@@ -135,8 +135,9 @@ def test_concepts_come_back_more_often_on_the_same_text_and_never_by_chance(tmp_
 
 
 def test_a_shortcut_is_planted_anew_with_each_seed_and_a_strangers_method_is_ranked_too():
-    pipeline = clvq.Pipeline(clvq.configure("smoke", **QUICK))
+    pipeline = clvq.Pipeline(clvq.configure("smoke", **QUICK | {"train_sentences": 90}))
     card = pipeline.planted_card(["tuesday"], "positive", methods=["k-means", "random codes"])
+    assert not pipeline.is_cached("classifier")  # nothing is computed of the text as it was
     assert card[["method", "seed"]].to_numpy().tolist() == [[m, s] for s in (42, 43) for m in ("k-means", "random codes")]
     hidden = [run.changed(data_seed=run.config.seed).planted(["tuesday"], "positive") for run in pipeline.over_seeds]
     assert not hidden[0].test["text"].equals(hidden[1].test["text"])

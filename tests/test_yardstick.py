@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+import clvq_app
 import clvq_core as clvq
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +259,74 @@ def test_differences_on_the_scorecard_are_those_of_its_values(card):
     assert np.allclose(model["net_clvq"], model["over_random"] - model.loc["CLVQ-VAE", "over_random"])
     complete = rows.loc["complete"].droplevel(["layer", "way"])
     assert np.allclose(complete["value"], 1 - complete["kl"] / complete.loc[("mean state", "state"), "kl"])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick():
+    return [word for name, value in QUICK.items() for word in ("-p", name, str(value))]
+
+
+def test_the_command_scores_vectors_of_a_file_and_of_a_function_beside_known_methods(pipeline, quick, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("mine.npy", pipeline.clusters("kmeans++").vectors.numpy())
+    (tmp_path / "my_methods.py").write_text(
+        "import dataclasses\ndef build(pipeline):\n    return [dataclasses.replace(pipeline.clusters('kmeans++'), name='built')]\n"
+    )
+    command = ["score", "mine.npy", "my_methods:build", "--beside", "k-means", "--asked", "20", "--output", "new/card.csv"]
+    assert clvq_app.main([*command, "--scale", "smoke", *quick]) == 0
+    out, card = capsys.readouterr().out, pd.read_csv("new/card.csv")
+    model = card[(card["test"] == "model") & (card["removed"] == "concept")].set_index("method")
+    assert set(model.index) == {"CLVQ-VAE", "k-means", "mine", "built"}
+    assert all(name in out for name in ("mine", "built", "k-means", "2 seeds", "minilm on movies"))
+    for column in ("value", "over_control", "over_clvq"):
+        assert model.loc["built", column] == model.loc["k-means", column], column
+    first = pipeline.scorecard(20, only=["k-means"])
+    row = first[(first["test"] == "model") & (first["removed"] == "concept") & (first["method"] == "k-means")].iloc[0]
+    assert row["value"] == pytest.approx(model.loc["k-means", "value"]) and row["value_low"] <= row["value"] <= row["value_high"]
+    assert clvq_app.main([*command[:-1], "card.xlsx"]) == 2
+    assert clvq_app.main(["score", "--beside", "class means", "--scale", "smoke", *quick]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("short.npy", np.zeros((3, 5)), ["short.npy", "width 5", "384"]),
+        ("flat.npy", np.zeros(384), ["flat.npy", "(384,)"]),
+        ("empty.npy", np.full((3, 384), np.nan), ["empty.npy", "finite"]),
+        ("pickled.npy", np.array([{}], dtype=object), ["pickled.npy", "row per concept"]),
+        ("words.csv", "a,b\nc,d\n", ["words.csv", "row per concept"]),
+        ("none.npy", None, ["none.npy", "row per concept"]),
+        ("there_is_no:module", None, ["no function 'module'"]),
+        ("mine.pickle", None, ["'mine.pickle'", "module:function"]),
+    ],
+)
+def test_what_is_no_method_is_refused_in_a_sentence(name, content, parts, pipeline, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, str):
+        (tmp_path / name).write_text(content)
+    elif content is not None:
+        np.save(name, content, allow_pickle=True)
+    with refused(*parts):
+        clvq_app.read_method(name)(pipeline)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "safetensors", "parquet", "csv"])
+def test_vectors_are_read_from_each_kind_of_file(suffix, tmp_path):
+    from safetensors.torch import save_file
+
+    vectors, path = torch.randn(4, 6), tmp_path / f"v.{suffix}"
+    if suffix == "npy":
+        np.save(path, vectors.double().numpy())
+    elif suffix == "safetensors":
+        save_file({"other": torch.zeros(2), "vectors": vectors}, path)
+    elif suffix == "parquet":
+        pd.DataFrame(vectors.numpy(), columns=list("abcdef")).to_parquet(path)
+    else:
+        pd.DataFrame(vectors.numpy()).to_csv(path, header=False, index=False)
+    assert torch.allclose(clvq_app.read_vectors(path), vectors, atol=1e-6)
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------
