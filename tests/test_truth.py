@@ -204,3 +204,28 @@ def test_verdicts_of_methods_follow_what_was_written():
     assert settled.to_dict() == {"Y1": "open", "Y2": "does not hold", "Y6": "open"}
     low = clvq.truth_tests(planted, edits.assign(value=0.1), again).set_index("claim")["verdict"]
     assert low["Y2"] == "undecided"
+
+
+# --- a shift before training ------------------------------------------------------------------------------------------
+
+
+def test_a_shift_before_training_makes_codes_alike_and_leaves_removal_around_the_mean_as_it_was():
+    pipeline = clvq.Pipeline(clvq.configure("smoke", **QUICK))
+    found = pipeline.anisotropy((0, 3)).set_index(["shift", "removed", "way"]).sort_index()
+    assert (found["seeds"] == 2).all() and found.loc["3", "cosine"].iloc[0] > 0.85 > found.loc["0", "cosine"].iloc[0]
+    share = found["share"]  # of the squared norm that is gone: nearly all that a shift of 3 adds, 9 / 10
+    assert share["3", "concept", "projection"] > 0.7 > 0.2 > share["0", "concept", "projection"]
+    assert share["3", "concept", "centred"] < 0.1
+    own = clvq.summarise(pipeline.of_seeds("clvq_faithfulness"), pipeline.config).set_index(["removed", "way"])
+    for key in (("nothing", "none"), ("concept", "projection"), ("concept", "centred")):
+        assert found.loc[("0", *key), "value"] == pytest.approx(own.loc[key, "accuracy"])
+
+
+def test_a_claim_on_one_cell_is_decided_by_its_value():
+    row = {"claim": "O2", "family": "origin", "cell": "m, d", "counted": True, "low": 0.0, "high": 0.1, "p": float("nan")}
+
+    def decide(*values):
+        tests = clvq.adjust_families(pd.DataFrame([row | {"test": f"shift {i}", "value": value} for i, value in enumerate(values)]))
+        return clvq.settle(tests, {"O2": 1})["verdict"].item()
+
+    assert [decide(0.1, 0.12), decide(0.1, 0.2), decide(0.4, 0.5), decide(0.2, 0.4)] == ["holds", "undecided", "does not hold", "undecided"]
