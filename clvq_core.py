@@ -112,7 +112,7 @@ __all__ = [
     "items_needed",
     # 15 steps, pipeline, sweeps
     "Step", "precompute", "run_parallel", "Pipeline", "published", "published_cells", "Run", "run_sweep",
-    "sweep_results", "studies", "cell_settings", "kept", "measure_cells", "prepare_colab",
+    "sweep_results", "studies", "settings_table", "cell_settings", "kept", "measure_cells", "prepare_colab",
 ]
 
 
@@ -4343,7 +4343,8 @@ def claim_tests(cells: pd.DataFrame) -> pd.DataFrame:
 def score_table(card: pd.DataFrame) -> pd.DataFrame:
     """For people: a row per method of the lowest layer of `Pipeline.scorecard`, those first whose concepts change most
     answers above their control, with 95 % intervals over sentences and seeds."""
-    taken = card[(card["removed"] == "concept") & (card["layer"] == card["layer"].min()) & (card["way"] != "projection")]
+    taken = card[(card["removed"] == "concept") & (card["layer"] == card["layer"].min())]
+    taken = taken[taken["way"] != "projection"]
     probe, model, told = (taken[taken["test"] == test].set_index("method") for test in ("probe", "model", "complete"))
     rows = [{"method": name, "answers changed": interval_cell(row, "value", ".1%"),
              "above a random code": interval_cell(row, "over_control", "+.1%"),
@@ -6266,6 +6267,26 @@ def cell_settings(scale: str, models: str, datasets: str, prompted: str, **setti
     return {f"{Path(model).name}, {data.partition(':')[0]}":
             configure(scale, **given, model=model, dataset=data, finetune=model not in prompted.split(";"))
             for model in map(str.strip, models.split(";")) for data in map(str.strip, datasets.split(";"))}
+
+
+TABLE_6 = {
+    "n_codes": "concepts K", "epochs": "epochs of CLVQ-VAE", "batch_sentences": "sentences a step",
+    "learning_rate": "learning rate", "top_k": "codes sampled among", "temperature": "temperature",
+    "commitment": "commitment β", "ema_decay": "decay of the codes' averages γ", "alpha": "encoder mixing",
+    "start": "start of the codes", "decoder_layers": "decoder layers", "feedforward": "feed-forward width",
+    "dropout": "dropout", "norm_first": "layer norm before", "standardize_targets": "targets standardised",
+    "clip_norm": "gradient's norm limited to", "frequency_filter": "which occurrences of a word",
+    "min_count": "least occurrences of a word", "max_count": "most occurrences of a word",
+    "sae_epochs": "epochs of SAEs", "sae_l1": "SAE penalty", "sae_top_k": "TopK",
+    "cluster_points": "points that Ward clusters", "salience_steps": "points of salience", "folds": "folds of the probe"}
+"""Settings that the paper's table 6, or else its text or code, gives, in words."""
+
+
+def settings_table(config: Config) -> pd.DataFrame:
+    """For people: the settings of `TABLE_6`, the paper's and those of a configuration."""
+    paper = configure("paper")
+    rows = [[text, *(str(getattr(of, name)) for of in (paper, config))] for name, text in TABLE_6.items()]
+    return pd.DataFrame(rows, columns=["setting", "paper", "here"])
 
 
 def kept(path: Path | None, config: Config, make: Callable[..., pd.DataFrame], *arguments: Any) -> pd.DataFrame:
