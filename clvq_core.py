@@ -106,7 +106,8 @@ __all__ = [
     "effects_by_concept", "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task",
     "causal_rank", "verdict", "compare_methods", "completeness", "without_summary", "class_loading",
     "interchange", "recovery", "recurring", "claim_tests", "reversal_tests",
-    "adjust_families", "settle", "score_table", "parse_shortcut", "truth_tests", "settle_methods",
+    "adjust_families", "settle", "score_table", "parse_shortcut", "truth_tests",
+    "sanity_tests", "settle_methods",
     # 14 human evaluation
     "outcomes", "make_study", "draw_clouds", "read_study", "study_answers", "rater_agreement", "simulated_answers",
     "items_needed",
@@ -4496,6 +4497,41 @@ def truth_tests(planted: pd.DataFrame, edits: pd.DataFrame | None, again: pd.Dat
     return pd.DataFrame(rows)
 
 
+SANITY = {"probe, projection": ("probe", "projection", "over_control", -1),
+          "probe, around the mean": ("probe", "centred", "over_control", -1),
+          "answers changed above a random code": ("model", "centred", "over_control", 1),
+          "completeness of the summary's concept": ("complete", "replaced", "value", 1),
+          "concepts that come back": ("again", "", "value", 1)}
+"""The columns of the yardstick that should fall where there is nothing to find: test, way, number, and its sign."""
+
+
+def sanity_tests(card: pd.DataFrame) -> pd.DataFrame:
+    """What claim Y5 of book/claims.yml asks of each column in `SANITY`, from `Pipeline.sanity_card`: CLVQ-VAE's number
+    on the trained model, less its number on the untrained one and less that of random codes (of recurrence: random
+    states) on the trained one. Columns claim, method (the column of the yardstick), on (less what), value with low and
+    high, p (of two independent estimates, from their intervals), p_holm, n (of seeds), verdict."""
+    rows, level, seeds = [], scipy.stats.norm.ppf(0.975), int(card["seeds"].max())
+    taken = card[card["removed"] == "concept"]
+    for column, (test, way, name, sign) in SANITY.items():
+        part = taken[(taken["test"] == test) & (taken["way"].eq(way) | (not way))]
+        part = part[part["layer"].eq(part["layer"].min()) | part["layer"].isna()].set_index(["method", "weights"])
+        random = "random states" if test == "again" else "random codes"
+        numbers: dict[Any, dict[str, float]] = part.to_dict("index")                        # type: ignore[assignment]
+        own = numbers["CLVQ-VAE", "trained"]
+        for on, other in (("less untrained", numbers["CLVQ-VAE", "untrained"]),
+                          (f"less {random}", numbers[random, "trained"])):
+            difference = sign * (own[name] - other[name])
+            error = math.hypot(*((row[f"{name}_high"] - row[f"{name}_low"]) / 2 / level for row in (own, other)))
+            p = 2 * scipy.stats.norm.sf(abs(difference) / error) if error else float(difference == 0)
+            rows.append({"claim": "Y5", "method": column, "on": on, "value": difference, "p": p, "n": seeds,
+                         "low": difference - level * error, "high": difference + level * error})
+    table = pd.DataFrame(rows)
+    table["p_holm"] = adjust_p_values(table["p"].to_numpy())
+    falls = (table["p_holm"] < 0.05) & (table["value"] > 0)
+    both = falls.groupby(table["method"]).transform("sum")
+    return table.assign(verdict=np.select([both == 2, both == 0], ["holds", "does not hold"], "undecided"))
+
+
 def settle_methods(tests: pd.DataFrame, data: Mapping[str, int]) -> pd.DataFrame:
     """A row per claim of `truth_tests`: how many methods there are, for how many it is met on all ``data`` (how many
     there are to be), against how many, and the verdict, in words where methods differ."""
@@ -5920,6 +5956,31 @@ class Pipeline:
                          "next_effect": table.loc[~table["concept"].isin(concepts), "effect"].min(),
                          "follows": follows, "chance": chance, "texts": int((other & (phrase != "")).sum())})
         return pd.DataFrame(rows)
+
+    @Step(1, ["data_seed"], lambda p: [p.explained], load=Path)
+    def untrained_model(self, folder: Path) -> None:
+        """The classifier with the weights that its kind begins with before any training, drawn by `data_seed`."""
+        lm = self.load_classifier()
+        with torch.random.fork_rng(), quiet_transformers():
+            torch.manual_seed(self.config.data_seed)
+            type(lm.model)(lm.model.config).save_pretrained(folder)
+            lm.tokenizer.save_pretrained(folder)
+
+    def untrained(self) -> Pipeline:
+        """This pipeline with a classifier that was never trained: there is nothing to find (Heap et al. 2025)."""
+        return self.changed(model=str(self.folder("untrained_model")), finetune=False)
+
+    def sanity_card(self, asked: int = 400) -> pd.DataFrame:
+        """`scorecard` of CLVQ-VAE and random codes for this model and the `untrained` one (column weights), and their
+        `recurrence` of CLVQ-VAE and random states as test "again", value being the share on other text."""
+        parts = []
+        for weights, run in (("trained", self), ("untrained", self.untrained())):
+            again = run.recurrence().query("drawn == 'other text'").groupby("method")["value"]
+            rows = [{"test": "again", "method": name, "removed": "concept", **interval(values.to_numpy()[:, None])
+                     .columns("value", True)} for name, values in again if name in ("CLVQ-VAE", "random states")]
+            card = run.scorecard(asked, only=["random codes"])
+            parts.append(pd.concat([card, pd.DataFrame(rows)], ignore_index=True).assign(weights=weights))
+        return pd.concat(parts, ignore_index=True)
 
     def planted_card(self, phrases: Sequence[str], label: str, share: float = 0.25, agree: float = 1.0,
                      methods: Sequence[Any] = ()) -> pd.DataFrame:

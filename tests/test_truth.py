@@ -229,3 +229,50 @@ def test_a_claim_on_one_cell_is_decided_by_its_value():
         return clvq.settle(tests, {"O2": 1})["verdict"].item()
 
     assert [decide(0.1, 0.12), decide(0.1, 0.2), decide(0.4, 0.5), decide(0.2, 0.4)] == ["holds", "undecided", "does not hold", "undecided"]
+
+
+# --- nothing to find --------------------------------------------------------------------------------------------------
+
+
+def test_an_untrained_model_has_other_weights_and_the_same_words_and_goes_through_every_test():
+    pipeline = clvq.Pipeline(clvq.configure("smoke", **QUICK))
+    untrained = pipeline.untrained()
+    trained, fresh = (dict(run.load_classifier().model.named_parameters()) for run in (pipeline, untrained))
+    name = next(name for name in trained if "attention" in name and name.endswith("query.weight"))
+    assert trained.keys() == fresh.keys() and trained[name].shape == fresh[name].shape
+    assert not torch.allclose(trained[name], fresh[name]) and fresh[name].std().item() == pytest.approx(0.02, abs=0.002)
+    assert untrained.label_names == pipeline.label_names and untrained.test["text"].equals(pipeline.test["text"])
+    state = torch.random.get_rng_state()
+    assert untrained.untrained().folder("untrained_model") and torch.equal(state, torch.random.get_rng_state())
+    tests = clvq.sanity_tests(pipeline.sanity_card(20))
+    assert len(tests) == 2 * len(clvq.SANITY) and set(tests["method"]) == set(clvq.SANITY) and (tests["n"] == 2).all()
+    settled = clvq.settle_methods(tests, {"Y5": 2})
+    assert settled["counted"].item() == 5 and settled["verdict"].item() != "open"
+
+
+def sanity_numbers(**values):
+    """A card in which each column has a value of `values` by weights and method, with an interval of 0.02 either side."""
+    rows = []
+    for test, way, name, sign in clvq.SANITY.values():
+        random = "random states" if test == "again" else "random codes"
+        for key, value in values.items():
+            method, weights = {"own": ("CLVQ-VAE", "trained"), "untrained": ("CLVQ-VAE", "untrained"), "random": (random, "trained")}[key]
+            rows.append({"test": test, "way": way, "method": method, "weights": weights, "removed": "concept", "layer": 4, "seeds": 3,
+                         name: sign * value, f"{name}_low": sign * value - 0.02, f"{name}_high": sign * value + 0.02})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ({"own": 0.3, "untrained": 0.0, "random": 0.1}, "holds"),
+        ({"own": 0.3, "untrained": 0.31, "random": 0.1}, "undecided"),
+        ({"own": 0.3, "untrained": 0.5, "random": 0.3}, "does not hold"),
+    ],
+)
+def test_a_column_that_does_not_fall_where_there_is_nothing_to_find_is_struck_out(values, verdict):
+    tests = clvq.sanity_tests(sanity_numbers(**values))
+    assert set(tests["verdict"]) == {verdict}
+    first = tests.iloc[0]
+    assert first["value"] == pytest.approx(values["own"] - values["untrained"])
+    assert first["high"] - first["low"] == pytest.approx(2 * 0.02 * 2**0.5)
