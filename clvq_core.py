@@ -5957,7 +5957,7 @@ class Pipeline:
                          "follows": follows, "chance": chance, "texts": int((other & (phrase != "")).sum())})
         return pd.DataFrame(rows)
 
-    @Step(1, ["data_seed"], lambda p: [p.explained], load=Path)
+    @Step(1, ["data_seed", "label"], lambda p: [p.explained, p.prompt, p.label_names], load=Path)
     def untrained_model(self, folder: Path) -> None:
         """The classifier with the weights that its kind begins with before any training, drawn by `data_seed`."""
         lm = self.load_classifier()

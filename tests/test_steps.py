@@ -214,7 +214,7 @@ def test_a_step_reads_only_settings_that_it_or_a_step_it_reads_from_declares(mon
     watched.append(pipeline.config)
     for name, step in clvq.STEPS.items():
         if not step.signature.parameters:
-            assert len(getattr(pipeline, name)) if name != "classifier" else pipeline.classifier
+            assert len(getattr(pipeline, name)) if name not in ("classifier", "untrained_model") else getattr(pipeline, name)
     assert len(pipeline.retrained(["CLVQ-VAE"])) and len(pipeline.in_model(["CLVQ-VAE"]))
     assert len(pipeline.yardstick(5)) == 3 and len(pipeline.anatomy(5)) == 2 and len(pipeline.effects_of("k-means"))
     assert pipeline.planted(["tuesday"], "positive").config.finetune
