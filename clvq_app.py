@@ -551,8 +551,8 @@ def score(
     output: Annotated[Path | None, Option(help="Also write all numbers: .parquet or .csv.")] = None,
     parameters: Pairs = None,
 ) -> None:
-    """Score concept methods: what the probe and the model itself lose without their concepts, and whether these are
-    enough to answer as the model does.
+    """Score concept methods: how many of the model's own answers change without their concepts, beside random ones that
+    take out as much, and what the paper's probe loses.
 
     Your own go in as a file of vectors of the source layer, a row per concept (.npy, .safetensors, .parquet or .csv; a
     state has the nearest one), or as a Python function that takes a clvq_core.Pipeline and gives a list of objects with

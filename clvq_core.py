@@ -4348,16 +4348,17 @@ def claim_tests(cells: pd.DataFrame) -> pd.DataFrame:
 
 def score_table(card: pd.DataFrame) -> pd.DataFrame:
     """For people: a row per method of the lowest layer of `Pipeline.scorecard`, those first whose concepts change most
-    answers above their control, with 95 % intervals over sentences and seeds."""
+    answers above their control, with 95 % intervals over sentences and seeds. Columns that do not fall where there is
+    nothing to find (`sanity_tests`) are left out: the probe around the mean, completeness of the summary's concept."""
     taken = card[(card["removed"] == "concept") & (card["layer"] == card["layer"].min())]
-    taken = taken[taken["way"] != "projection"]
-    probe, model, told = (taken[taken["test"] == test].set_index("method") for test in ("probe", "model", "complete"))
+    probe = taken[(taken["test"] == "probe") & (taken["way"] == "projection")].set_index("method")
     rows = [{"method": name, "answers changed": interval_cell(row, "value", ".1%"),
              "above a random code": interval_cell(row, "over_control", "+.1%"),
+             "above a random direction": interval_cell(row, "over_random", "+.1%"),
              "above CLVQ-VAE": "–" if name == "CLVQ-VAE" else interval_cell(row, "over_clvq", "+.1%"),
-             "probe, against a random code": interval_cell(probe.loc[name], "over_control", "+.3f"),
-             "completeness": interval_cell(told.loc[name], "value", ".2f") if name in told.index else "–"}
-            for name, row in model.sort_values("over_control", ascending=False, kind="stable").iterrows()]
+             "the paper's probe, against a random code": interval_cell(probe.loc[name], "over_control", "+.3f")}
+            for name, row in taken[taken["test"] == "model"].set_index("method")
+            .sort_values("over_control", ascending=False, kind="stable").iterrows()]
     return pd.DataFrame(rows)
 
 
