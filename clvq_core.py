@@ -31,6 +31,7 @@ import bz2
 import codecs
 import copy
 import csv
+import copy
 import difflib
 import gzip
 import hashlib
@@ -5616,7 +5617,7 @@ class Pipeline:
                 shift = (size * variance.sum().sqrt() * unit - mean).float()
                 fitted, held = (replace(part, states={**part.states, source: part.states[source].float() + shift})
                                 for part in (fitted, held))
-            model = train(fitted, run.config, self.layers)[0] if size else run.clvqvae
+            model = train(fitted, run.config, self.layers)[0] if size else copy.copy(run.clvqvae)
             trial = Trial(fitted, held, self.salience[0], run.trial.labels, run.trial.predicted, run.config)
             model.name = name = f"{size:g}"
             unit = F.normalize(model.vectors.cpu(), dim=1)

@@ -216,6 +216,7 @@ def test_a_shift_before_training_makes_codes_alike_and_leaves_removal_around_the
     share = found["share"]  # of the squared norm that is gone: nearly all that a shift of 3 adds, 9 / 10
     assert share["3", "concept", "projection"] > 0.7 > 0.2 > share["0", "concept", "projection"]
     assert share["3", "concept", "centred"] < 0.1
+    assert pipeline.clvqvae.name == "CLVQ-VAE"
     own = clvq.summarise(pipeline.of_seeds("clvq_faithfulness"), pipeline.config).set_index(["removed", "way"])
     for key in (("nothing", "none"), ("concept", "projection"), ("concept", "centred")):
         assert found.loc[("0", *key), "value"] == pytest.approx(own.loc[key, "accuracy"])
