@@ -31,7 +31,6 @@ import bz2
 import codecs
 import copy
 import csv
-import copy
 import difflib
 import gzip
 import hashlib
