@@ -95,7 +95,7 @@ __all__ = [
     "kmeans", "start_codebook", "CLVQVAE", "train", "evaluate", "variance_explained", "perplexity",
     # 11 baselines
     "Concepts", "clusters", "SparseAutoencoder", "train_sae", "reference_concepts", "independent_components",
-    "with_vectors", "word_classes",
+    "with_vectors", "word_classes", "predict_ahead", "linear_concepts",
     # 12 concepts
     "concept_table", "top_words", "of_class", "log_odds", "word_table", "word_p_values", "surface_labels", "alignment",
     "name_concepts", "Explanation", "Comparison", "transitions", "draw_flow", "draw_doses", "word_cloud", "plot_style",
@@ -352,6 +352,9 @@ class TrainSettings(Settings):
 class ConceptSettings(Settings):
     """How concepts are shown, and how often everything is repeated."""
 
+    codebook: Literal["clvq-vae", "predictive"] = "clvq-vae"
+    """Whose concepts tables, reports and explanations show: CLVQ-VAE's, or those of predictive k-means
+    (`predict_ahead`), which take seconds to train."""
     words_from: Literal["nearest", "samples"] = "nearest"
     """Which code a position counts for in word tables: its nearest, or one sampled as in training (authors)."""
     seeds: Count = 3
@@ -2923,6 +2926,74 @@ def with_vectors(method: Any, acts: Activations, layer: int, name: str,
                     scores=lambda states: F.one_hot(method.assign(states), k).float())
 
 
+def softmax_regression(x: Float[Tensor, "N D"],
+                       labels: Int[Tensor, "N"], k: int) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K"]]:
+    """Weights and bias of a linear classifier of states into k classes; -inf for a class that no state has."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)             # 60 iterations are enough to tell clusters apart
+        fitted = LogisticRegression(C=0.1, max_iter=60).fit(((x - mean) / scale).numpy(), labels.numpy())
+    weights, bias = torch.zeros(k, x.shape[1]), torch.full((k,), -math.inf)
+    coefficients = torch.from_numpy(fitted.coef_).float() / scale
+    weights[fitted.classes_] = coefficients
+    bias[fitted.classes_] = torch.from_numpy(fitted.intercept_).float() - coefficients @ mean
+    return weights, bias
+
+
+AHEAD = {"predictive k-means": ("scaled", 1), "k-means of predicted targets": ("plain", 1),
+         "predicted targets beside source states": ("joint", 1), "target clusters read from the source": ("read", 1),
+         "predictive k-means, consensus of 6": ("scaled", 6), "target clusters, consensus of 6, read": ("read", 6)}
+"""Codebooks of `predict_ahead` by name: how, and runs. The first is the one that the setting `codebook` offers."""
+
+
+def predict_ahead(acts: Activations, layers: tuple[int, int], how: str, runs: int,
+                  config: Config) -> dict[str, Tensor]:
+    """A codebook that groups source states by what they already say about the target layer; nothing else is read.
+
+    scaled: least squares predicts target states from source states; the predictions, each dimension in units of the
+    deviation that stays unpredicted, are clustered by k-means. plain: without these units. joint: beside the source
+    states, both in units of their deviation. read: target states are clustered, and a softmax regression reads their
+    cluster from the source state. ``runs`` above 1: of so many k-means, each on sentences drawn with replacement, the
+    centres are clustered. A concept's vector is the mean source state of its members.
+
+    weights (K, D) and bias (K,): a state has the concept of the largest ``weights x + bias``; vectors (K, D); centre.
+    """
+    x, y = (acts.states[layer].float() for layer in layers)
+    k, draw, settings = config.n_codes, torch.Generator().manual_seed(config.seed), config.replace(start="kmeans++")
+    eye, fitted = torch.eye(x.shape[1], dtype=torch.double), linear_map(x.double(), y.double())
+    features, mean = y, x.mean(0)
+    if how != "read":
+        slope = (fitted(eye) - fitted(0 * eye[:1])).float()                                 # (D, D2)
+        predicted = (x - mean) @ slope
+        if how == "scaled":
+            slope = slope / (y - y.mean(0) - predicted).std(0).clamp_min(1e-6)
+        elif how == "joint":
+            beside = eye.float() / (x - mean).square().mean().sqrt()
+            slope = torch.cat([beside, slope / predicted.square().mean().sqrt()], 1)
+        features = (x - mean) @ slope
+    starts = []
+    for _ in range(runs):
+        rows = acts.rows(torch.randint(len(acts.lengths), (len(acts.lengths),), generator=draw)) if runs > 1 else None
+        starts.append(start_codebook(features, settings, draw, rows)[0])
+    centres = starts[0] if runs == 1 else kmeans(torch.cat(starts), k, config.start_iterations, draw)[0]
+    if how == "read":
+        weights, bias = softmax_regression(x, nearest(y, centres)[0], k)
+    else:
+        weights = 2 * centres @ slope.T
+        bias = -centres.square().sum(1) - weights @ mean
+    codes = torch.cat([F.linear(block, weights, bias).argmax(1) for block in blocks(x)])
+    return {"weights": weights, "bias": bias, "vectors": member_means(x, codes, k), "centre": mean}
+
+
+def linear_concepts(name: str, layer: int, weights: Float[Tensor, "K D"], bias: Float[Tensor, "K"],
+                    vectors: Float[Tensor, "K D"], centre: Float[Tensor, "D"]) -> Concepts:
+    """Concepts of the largest linear score, as of `predict_ahead`."""
+    return Concepts(name, layer, vectors, centre=centre, scores=lambda states: F.linear(states.cpu(), weights, bias))
+
+
 def word_classes(acts: Activations, labels: Int[Tensor, "S"], layer: int) -> Concepts:
     """Class means of *word* states less those of the others, a supervised ceiling: `reference_concepts` has that of
     summaries."""
@@ -5439,14 +5510,37 @@ class Pipeline:
         """Its training, a row per epoch; see `evaluate`."""
         return pd.read_parquet(self.run_folder / "metrics.parquet")
 
+    @Step(1, names_of("n_codes start_iterations seed"), lambda p, *_: [p.states_call()])
+    def ahead_weights(self, how: str, runs: int, source: int, target: int) -> dict[str, Tensor]:
+        """A codebook that looks ahead; `predict_ahead`."""
+        return predict_ahead(self.activations("train"), (source, target), how, runs, self.config)
+
+    def ahead(self, name: str = "predictive k-means") -> Concepts:
+        """The codebook of `AHEAD` with this name."""
+        return linear_concepts(name, self.layers[0], **self.ahead_weights(*AHEAD[name], *self.layers))
+
+    @property
+    def codebook_call(self) -> StepCall:
+        """What `codebook` reads from."""
+        ahead = self.config.codebook == "predictive"
+        return self.call("ahead_weights", "scaled", 1, *self.layers) if ahead else self.call("vqvae", *self.layers)
+
+    @cached_property
+    def codebook(self) -> Any:
+        """The method whose concepts are shown and explained, as the setting `codebook` says."""
+        return self.ahead() if self.config.codebook == "predictive" else self.clvqvae
+
     @Step(1, names_of("n_codes words_from seed"),
-          lambda p: [p.call("vqvae", *p.layers), p.train["label"].tolist(), p.label_names])
+          lambda p: [p.codebook_call, p.train["label"].tolist(), p.label_names])
     def concepts(self) -> pd.DataFrame:
-        """What its codes stand for, over the training states; `concept_table`."""
+        """What the codes of `codebook` stand for, over the training states; `concept_table`."""
         acts, config = self.activations("train"), self.config
-        self.clvqvae.check(acts)
-        generator = torch.Generator().manual_seed(config.seed) if config.words_from == "samples" else None
-        codes = self.clvqvae.assign(acts.states[self.layers[0]], generator=generator)
+        codes = self.training_codes
+        if self.config.codebook == "clvq-vae":
+            self.clvqvae.check(acts)
+            if config.words_from == "samples":
+                codes = self.clvqvae.assign(acts.states[self.layers[0]],
+                                            generator=torch.Generator().manual_seed(config.seed))
         texts, labels = self.train["text"].tolist(), self.train["label"].tolist()
         return concept_table(acts.tokens, codes, texts, labels, self.label_names, config.n_codes)
 
@@ -5627,6 +5721,48 @@ class Pipeline:
         found = found[found["way"] != "subtraction"].rename(columns={"method": "shift"})
         return found.assign(cosine=found["shift"].map(lambda name: float(np.mean(cosines[name]))))
 
+    @property
+    def ingredients(self) -> list[Any]:
+        """What a better codebook is made of, one change at a time: CLVQ-VAE, its partition with raw means, k-means of
+        the source and of the target layer, all of `AHEAD`, and class means of words."""
+        source, target = self.layers
+        acts, vae = self.activations("train"), self.clvqvae
+        upper = Concepts("upper", target, **self.cluster_vectors("kmeans++", target))
+        return [vae, with_vectors(vae, acts, source, "CLVQ-VAE's partition, raw means"), self.clusters("kmeans++"),
+                self.clusters("spherical"), with_vectors(upper, acts, source, "k-means of the target layer, raw means"),
+                *map(self.ahead, AHEAD), word_classes(acts, self.labels("train"), source)]
+
+    def codebook_card(self, asked: int = 400, names: Sequence[str] = ()) -> pd.DataFrame:
+        """`ingredients` (or those of these names) over the `seeds`, a row per method and removed: the share of the
+        model's answers that change (value) with its differences over_control (a random code of the same norm),
+        over_kmeans and over_clvq; net (value less that control) with net_kmeans and net_clvq; each with …_low and
+        …_high, differences with …_p. Then kl, loading (`class_loading`), and over the words of the evaluation sentences
+        explained (share of the target's variance by code means) and used (concepts), means over seeds."""
+        answers, facts, target = list[pd.DataFrame](), list[dict[str, Any]](), self.layers[1]
+        fair, texts = "random code, equal norm", self.test["text"].tolist()
+        for run in self.over_seeds:
+            chosen = [method for method in run.ingredients if not names or method.name in names]
+            train, test, words = run.activations("train"), run.activations("test"), run.trial.words
+            answers.append(in_model(chosen, run.trial, run.language_model, texts, run.config, ["centred"],
+                                    [fair, "random word", "gaussian"], ["every position"], asked))
+            for method in chosen:
+                means = member_means(train.states[target].float(), method.assign(train.states[method.reads]),
+                                     len(method.vectors))
+                codes = run.trial.assign(method, words)
+                loading = class_loading(method, run.trial, run.labels("train"))["loading"].mean()
+                facts.append({"method": method.name, "loading": loading, "used": len(codes.unique()),
+                              "explained": variance_explained(means[codes], test.states[target][words])})
+        results, keys = concat(answers), ["method", "layer", "removed", "way", "where", "seed", "sentence"]
+        control = results[results["removed"] == fair].assign(removed="concept").set_index(keys)["flipped"].astype(float)
+        net = results[results["removed"] == "concept"].set_index(keys)
+        net = net.assign(net=net["flipped"] - control).reset_index()
+        rivals = {"kmeans": {"method": "k-means"}, "clvq": {"method": "CLVQ-VAE"}}
+        table = compared(results, self.config, "flipped", {"over_control": fair, **{
+            f"over_{name}": other for name, other in rivals.items()}}, ["kl"])
+        less = compared(net, self.config, "net", {f"net_{name}": other for name, other in rivals.items()})
+        table = table.merge(less[["method", "removed", *less.filter(regex="^net")]], "left", ["method", "removed"])
+        return table.join(pd.DataFrame(facts).groupby("method").mean(), on="method")
+
     def scorecard(self, asked: int = 400, others: Callable[[Pipeline], Sequence[Any]] | None = None,
                   only: Sequence[str] = ()) -> pd.DataFrame:
         """The yardstick over the `seeds`, for every method (or ``only`` CLVQ-VAE and some of `POINTS`) and for the
@@ -5795,11 +5931,11 @@ class Pipeline:
         return in_model(self.named(methods), self.trial, self.language_model, texts, self.config, controls=controls)
 
     @Step(1, ["seed", "n_codes", *IN_MODEL],
-          lambda p: [p.call("vqvae", *p.layers), p.states_call("train"), p.states_call("test")])
+          lambda p: [p.codebook_call, p.states_call("train"), p.states_call("test")])
     def effects(self) -> pd.DataFrame:
         """What removing each concept does to the language model's answers to the evaluation sentences that have it;
         `concept_effects`."""
-        return self.measure_effects(self.clvqvae)
+        return self.measure_effects(self.codebook)
 
     def measure_effects(self, method: Any) -> pd.DataFrame:
         """`concept_effects` of a method of the source layer whose concepts are points."""
@@ -5819,8 +5955,9 @@ class Pipeline:
         """How far each concept comes back in the codebooks of the other `seeds`: `agreement` over the training states,
         mean over seeds. By concept."""
         states = self.activations("train").states[self.layers[0]]
-        precompute([(pipeline, "vqvae", *self.layers) for pipeline in self.over_seeds])
-        codes, *others = (pipeline.vqvae(*self.layers).assign(states) for pipeline in self.over_seeds)
+        calls = [pipeline.codebook_call for pipeline in self.over_seeds]
+        precompute([(call.pipeline, call.step.name, *call.arguments) for call in calls])
+        codes, *others = (pipeline.codebook.assign(states) for pipeline in self.over_seeds)
         shares = [agreement(codes, other, self.config.n_codes) for other in others]
         mean = torch.stack(shares).mean(0).numpy() if shares else math.nan
         return pd.Series(mean, range(self.config.n_codes), name="stability")
@@ -5846,7 +5983,7 @@ class Pipeline:
         effect_high and flipped (missing where no evaluation sentence has it), stability, examples, near (five
         concepts), x and y on the map."""
         effects = self.report[["concept", "effect", "effect_low", "effect_high", "flipped"]]
-        vectors = self.clvqvae.vectors.cpu()
+        vectors = self.codebook.vectors.cpu()
         table = self.concepts[self.concepts["size"] > 0].merge(effects, "left", "concept")
         place, unit = codebook_map(vectors, self.config.seed), F.normalize(vectors, dim=1)
         near = torch.cdist(unit, unit).argsort(1)[:, 1:6].numpy()
@@ -5865,7 +6002,7 @@ class Pipeline:
             raise ValueError("the text is not UTF-8")
         if not any(word.isprintable() for word in split_words(text, self.config.words)):
             raise ValueError("there is no word in the text")
-        layer, lm, model = self.layers[0], self.language_model, self.clvqvae
+        layer, lm, model = self.layers[0], self.language_model, self.codebook
         with redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
             tokens, logits = attribute(lm, [text], layer, self.config)
             states = extract(lm, [text], [layer], self.config, Path(folder), filtered=False).states[layer].clone()
@@ -5897,7 +6034,8 @@ class Pipeline:
                             finetune=True)
 
     @Step(1, ["seed", "n_codes", *IN_MODEL],
-          lambda p, _: [p.method_calls, p.states_call("train"), p.states_call("test")])
+          lambda p, name: [p.method_calls, p.states_call("train"), p.states_call("test"),
+                           *([p.call("ahead_weights", *AHEAD[name], *p.layers)] if name in AHEAD else [])])
     def effects_of(self, method: str) -> pd.DataFrame:
         """`effects` of another method of the source layer whose concepts are points."""
         return self.measure_effects(self.source_method(method))
@@ -5912,8 +6050,11 @@ class Pipeline:
         acts, labels = self.activations("train"), self.labels("train")
         found = {concepts.name: concepts for concepts in reference_concepts(acts, labels, self.layers[0], self.config)
                  if not concepts.directions}
+        if name in AHEAD:
+            return self.ahead(name)
         if name not in found:
-            raise ValueError(f"method must be one of CLVQ-VAE, {', '.join((*CLUSTERS.values(), *found))}, not {name!r}")
+            known = ", ".join(("CLVQ-VAE", *CLUSTERS.values(), *AHEAD, *found))
+            raise ValueError(f"method must be one of {known}, not {name!r}")
         return found[name]
 
     def points(self, methods: Sequence[Any] = ()) -> list[Any]:
@@ -5946,7 +6087,8 @@ class Pipeline:
             codes = points.assign(acts.states[self.layers[0]])
             tokens = acts.tokens.assign(concept=codes.numpy()).merge(marked, on=["sentence", "position"])
             concepts = set(tokens.groupby("marker")["concept"].agg(lambda codes: codes.mode()[0]))
-            table = effects_by_concept(self.effects if method == "CLVQ-VAE" else self.effects_of(method)
+            own = self.changed(codebook="clvq-vae")
+            table = effects_by_concept(own.effects if method == "CLVQ-VAE" else self.effects_of(method)
                                        if isinstance(method, str) else self.measure_effects(points))
             table = table[table["sentences"] >= max(3, len(texts) // 200)].sort_values("effect", kind="stable")
             place = np.flatnonzero(table["concept"].isin(concepts))
@@ -5990,9 +6132,10 @@ class Pipeline:
         runs = [run.changed(data_seed=run.config.seed).planted(phrases, label, share, agree) for run in self.over_seeds]
         return concat([run.find_planted(methods or POINTS) for run in runs])
 
-    def exchanged(self, n: int, others: Callable[[Pipeline], Sequence[Any]] | None = None) -> pd.DataFrame:
+    def exchanged(self, n: int, others: Callable[[Pipeline], Sequence[Any]] | None = None,
+                  methods: Sequence[str] = ()) -> pd.DataFrame:
         """`interchange` of both directions of the first n pairs of evaluation texts (column pair of the corpus), over
-        the `seeds`: `points`, and ``others`` that a function makes of a pipeline."""
+        the `seeds`: `points` (or some, by name), and ``others`` that a function makes of a pipeline."""
         if "pair" not in self.test:
             raise ValueError(f"{self.config.dataset!r} has no column 'pair' that says which texts belong together")
         whole = self.test.groupby("pair").groups
@@ -6002,16 +6145,17 @@ class Pipeline:
         texts = [self.test["text"][i] for i in used.tolist()]
         acts = self.activations("test").choose(used)
         for run in self.over_seeds:
-            methods = [*run.points(), *(others(run) if others else ())]
-            found = interchange(methods, self.language_model, texts, torch.searchsorted(used, pairs), acts, layer,
+            made = [*run.points(methods), *(others(run) if others else ())]
+            found = interchange(made, self.language_model, texts, torch.searchsorted(used, pairs), acts, layer,
                                 self.centres, run.config)
             parts.append(found.assign(pair=found["pair"] // 2))
         return concat(parts)
 
-    def recurrence(self) -> pd.DataFrame:
+    def recurrence(self, ahead: Sequence[str] = ()) -> pd.DataFrame:
         """Do concepts come back? `recurring` over the words of the evaluation sentences, between a method trained on
         sentences drawn with replacement and the same on others so drawn ("other text", with another seed, too), or on
-        the same ("other seed"): columns method, drawn, seed, value."""
+        the same ("other seed"): columns method, drawn, seed, value. CLVQ-VAE, `clusters`, and ``ahead``, some of
+        `AHEAD`."""
         train_acts, test, rows, source = self.activations("train"), self.activations("test"), [], self.layers[0]
         words = test.states[source][torch.from_numpy(~test.tokens["is_summary"].to_numpy())]
         for i, run in enumerate(self.over_seeds):
@@ -6022,6 +6166,8 @@ class Pipeline:
                 config = run.config.replace(seed=run.config.seed + 1000 * seed)
                 found: list[Any] = [train(acts, config, self.layers)[0]]
                 found += [clusters(acts, source, how, config) for how in CLUSTERS]
+                found += [linear_concepts(name, source, **predict_ahead(acts, self.layers, *AHEAD[name], config))
+                          for name in ahead]
                 for method in found:
                     codes.setdefault(method.name, []).append(method.assign(words))
             rows += [{"method": name, "drawn": drawn, "seed": run.config.seed,
@@ -6076,7 +6222,7 @@ class Pipeline:
         both = table[(table["concept"] >= 0) & (table["other_concept"] >= 0)]
         table[columns := ["alone", "random", "random_low", "random_high"]] = math.nan
         if len(both):
-            vectors, random = self.clvqvae.vectors, self.random_codes(controls)
+            vectors, random = self.codebook.vectors, self.random_codes(controls)
             new = torch.cat([torch.tensor(both["other_concept"].tolist())[:, None], random.expand(len(both), -1)], 1)
             offsets = vectors[new] - vectors[both["concept"].tolist()][:, None]             # (pairs, controls + 1, D)
             places = [[place] for place in both["place"] for _ in range(controls + 1)]
@@ -6094,7 +6240,7 @@ class Pipeline:
 
         A row per dose and class: dose, class, chance, random, random_low, random_high. ValueError for no such concept.
         """
-        model = self.clvqvae
+        model = self.codebook
         if not 0 <= concept < len(model.vectors):
             raise ValueError(f"there is no concept {concept}, only 0 to {len(model.vectors) - 1}")
         offsets = model.vectors - model.centre
@@ -6111,9 +6257,10 @@ class Pipeline:
     def nearest_examples(self, concept: int, n: int) -> list[str]:
         """Training sentences of the states nearest to a concept, the word in guillemets; none if only other texts have
         it."""
-        acts, model, layer = self.activations("train"), self.clvqvae, self.layers[0]
+        acts, model, layer = self.activations("train"), self.codebook, self.layers[0]
         rows = (self.training_codes == concept).nonzero()[:, 0]
-        encodings = torch.cat([z.cpu() for z in model.encodings(acts.states[layer], rows)] or [model.vectors[:0]])
+        read = getattr(model, "encodings", blocks)                                          # points: states themselves
+        encodings = torch.cat([z.cpu() for z in read(acts.states[layer], rows)] or [model.vectors[:0]])
         order = (encodings - model.vectors[concept]).norm(dim=1).argsort()
         nearest_rows = acts.tokens.iloc[rows[order].numpy()].drop_duplicates("sentence").head(n)
         columns = nearest_rows[["sentence", "word", "is_summary"]]
@@ -6122,7 +6269,7 @@ class Pipeline:
     @cached_property
     def training_codes(self) -> Int[Tensor, "N"]:
         """The concept of each training state."""
-        return self.clvqvae.assign(self.activations("train").states[self.layers[0]])
+        return self.codebook.assign(self.activations("train").states[self.layers[0]])
 
     @property
     def code_use(self) -> np.ndarray:
@@ -6363,7 +6510,7 @@ def kept(path: Path | None, config: Config, make: Callable[..., pd.DataFrame], *
     free = {"model", "dataset", "finetune"}                                                 # paths differ
     if path and path.exists():
         table = pd.read_parquet(path)
-        given = json.loads(table["settings"].iloc[0])
+        given = Config().model_dump() | json.loads(table["settings"].iloc[0])       # what is newer had its default
         if other := [key for key, value in config.model_dump().items() if key not in free and given.get(key) != value]:
             raise ValueError(f"{path} was measured with {other[0]} {given.get(other[0])}, not "
                              f"{getattr(config, other[0])}: name another folder")

@@ -17,8 +17,9 @@ import clvq_core as clvq
 
 ROOT = Path(__file__).parents[1]
 QUICK = dict(train_sentences=100, test_sentences=60, finetune_epochs=1, epochs=2, n_codes=20, folds=3, probe_epochs=3)
-FROM_OUTSIDE = {*clvq.CorpusSettings.model_fields, "model", "finetune", "prompt", "answers", "source_layer", "target_layer", "all_layers"}
-"""Settings that keys hold by what they lead to: hashes of the text and of the model's files, the prompt, the layers."""
+FROM_OUTSIDE = {*clvq.CorpusSettings.model_fields, "model", "finetune", "prompt", "answers", "source_layer", "target_layer", "all_layers",
+                "codebook"}
+"""Settings that keys hold by what they lead to: hashes of the text and of the model's files, the prompt, the layers, a step."""
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +218,7 @@ def test_a_step_reads_only_settings_that_it_or_a_step_it_reads_from_declares(mon
             assert len(getattr(pipeline, name)) if name not in ("classifier", "untrained_model") else getattr(pipeline, name)
     assert len(pipeline.retrained(["CLVQ-VAE"])) and len(pipeline.in_model(["CLVQ-VAE"]))
     assert len(pipeline.yardstick(5)) == 3 and len(pipeline.anatomy(5)) == 2 and len(pipeline.effects_of("k-means"))
+    assert len(pipeline.effects_of("predictive k-means"))
     assert pipeline.planted(["tuesday"], "positive").config.finetune
     assert not set(clvq.STEPS) - set(read) - {"door"}, "a step was not computed"
 
