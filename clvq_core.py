@@ -5721,16 +5721,21 @@ class Pipeline:
         found = found[found["way"] != "subtraction"].rename(columns={"method": "shift"})
         return found.assign(cosine=found["shift"].map(lambda name: float(np.mean(cosines[name]))))
 
-    @property
-    def ingredients(self) -> list[Any]:
+    def ingredients(self, names: Sequence[str] = ()) -> list[Any]:
         """What a better codebook is made of, one change at a time: CLVQ-VAE, its partition with raw means, k-means of
-        the source and of the target layer, all of `AHEAD`, and class means of words."""
+        the source and of the target layer, all of `AHEAD`, and class means of words; or those of these names."""
         source, target = self.layers
-        acts, vae = self.activations("train"), self.clvqvae
-        upper = Concepts("upper", target, **self.cluster_vectors("kmeans++", target))
-        return [vae, with_vectors(vae, acts, source, "CLVQ-VAE's partition, raw means"), self.clusters("kmeans++"),
-                self.clusters("spherical"), with_vectors(upper, acts, source, "k-means of the target layer, raw means"),
-                *map(self.ahead, AHEAD), word_classes(acts, self.labels("train"), source)]
+        acts, raw, upper = self.activations("train"), "CLVQ-VAE's partition, raw means", "k-means of the target layer"
+        make: dict[str, Callable[[], Any]] = {
+            "CLVQ-VAE": lambda: self.clvqvae, raw: lambda: with_vectors(self.clvqvae, acts, source, raw),
+            **{name: partial(self.source_method, name) for name in ("k-means", "spherical k-means")},
+            upper: lambda: with_vectors(Concepts(upper, target, **self.cluster_vectors("kmeans++", target)), acts,
+                                        source, upper),
+            **{name: partial(self.ahead, name) for name in AHEAD},
+            "class means of words": lambda: word_classes(acts, self.labels("train"), source)}
+        if unknown := [name for name in names if name not in make]:
+            raise ValueError(f"there is no codebook {unknown[0]!r}, only {', '.join(make)}")
+        return [make[name]() for name in names or make]
 
     def codebook_card(self, asked: int = 400, names: Sequence[str] = ()) -> pd.DataFrame:
         """`ingredients` (or those of these names) over the `seeds`, a row per method and removed: the share of the
@@ -5741,7 +5746,7 @@ class Pipeline:
         answers, facts, target = list[pd.DataFrame](), list[dict[str, Any]](), self.layers[1]
         fair, texts = "random code, equal norm", self.test["text"].tolist()
         for run in self.over_seeds:
-            chosen = [method for method in run.ingredients if not names or method.name in names]
+            chosen = run.ingredients(names)
             train, test, words = run.activations("train"), run.activations("test"), run.trial.words
             answers.append(in_model(chosen, run.trial, run.language_model, texts, run.config, ["centred"],
                                     [fair, "random word", "gaussian"], ["every position"], asked))

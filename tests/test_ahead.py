@@ -99,13 +99,15 @@ def test_every_page_can_show_the_other_codebook(pipeline):
 
 def test_its_card_has_every_ingredient_with_fair_controls(pipeline):
     card = pipeline.codebook_card(20)
-    methods = {method.name for method in pipeline.ingredients}
+    methods = {method.name for method in pipeline.ingredients()}
     assert {*clvq.AHEAD, "CLVQ-VAE", "k-means", "class means of words"} < methods == set(card["method"])
     taken = card[card["removed"] == "concept"].set_index("method")
     assert taken.loc["k-means", "over_kmeans"] == taken.loc["CLVQ-VAE", "over_clvq"] == taken.loc["CLVQ-VAE", "net_clvq"] == 0
     control = card[card["removed"] == "random code, equal norm"].set_index("method")
     assert np.allclose(taken["value"] - taken["over_control"], control.loc[taken.index, "value"])
     assert np.allclose(taken["net"], taken["over_control"]) and taken["used"].between(1, 8).all() and (taken["explained"] <= 1).all()
+    with pytest.raises(ValueError, match="no codebook 'x', only CLVQ-VAE"):
+        pipeline.codebook_card(20, ["x"])
     assert np.allclose(taken["net_kmeans"], taken["net"] - taken.loc["k-means", "net"])
 
 
