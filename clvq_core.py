@@ -106,7 +106,7 @@ __all__ = [
     "effects_by_concept", "agreement", "matched", "summarise", "removal_table", "rationale_overlap", "planted_task",
     "causal_rank", "verdict", "compare_methods", "completeness", "without_summary", "class_loading",
     "interchange", "recovery", "recurring", "claim_tests", "reversal_tests",
-    "adjust_families", "settle", "score_table", "parse_shortcut", "truth_tests",
+    "adjust_families", "settle", "score_table", "parse_shortcut", "truth_tests", "codebook_tests",
     "sanity_tests", "settle_methods",
     # 14 human evaluation
     "outcomes", "make_study", "draw_clouds", "read_study", "study_answers", "rater_agreement", "simulated_answers",
@@ -2934,7 +2934,7 @@ def softmax_regression(x: Float[Tensor, "N D"],
 
     mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)             # 60 iterations are enough to tell clusters apart
+        warnings.simplefilter("ignore", ConvergenceWarning)             # 60 iterations tell clusters apart
         fitted = LogisticRegression(C=0.1, max_iter=60).fit(((x - mean) / scale).numpy(), labels.numpy())
     weights, bias = torch.zeros(k, x.shape[1]), torch.full((k,), -math.inf)
     coefficients = torch.from_numpy(fitted.coef_).float() / scale
@@ -4263,8 +4263,9 @@ def interchange(methods: Sequence[Any], lm: LanguageModel, texts: Sequence[str],
 
 def recovery(results: pd.DataFrame, config: ProbeSettings) -> pd.DataFrame:
     """How much of an edit's effect on the answer `interchange` recovers, over pairs that turn it: a row per method and
-    put with value, the sum of moved over the sum of gap, over_control, its difference from random codes, each with
-    …_low and …_high (95 %, over pairs and seeds) and …_p, answered (share) and changed (words a pair)."""
+    put with value, the sum of moved over the sum of gap, its differences over_control (from random codes) and
+    over_kmeans, each with …_low and …_high (95 %, over pairs and seeds) and …_p, answered (share) and changed (words a
+    pair)."""
     turned, rows, of = results[results["turned"]], [], {}
     for key, part in turned.groupby(["method", "put"], sort=False):
         sums = part.pivot_table(index="seed", columns="pair", values=["moved", "gap"], aggfunc="sum")
@@ -4277,6 +4278,9 @@ def recovery(results: pd.DataFrame, config: ProbeSettings) -> pd.DataFrame:
         if put != "random code" and (method, "random code") in of:
             over = interval(statistics - of[method, "random code"])
             row |= {**over.columns("over_control"), "over_control_p": over.p}
+        if ("k-means", put) in of:
+            over = interval(statistics - of["k-means", put])
+            row |= {**over.columns("over_kmeans"), "over_kmeans_p": over.p}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -4488,7 +4492,12 @@ RULES: dict[str, Callable[[Any, Any, Any, int], tuple[int, bool, int, bool]]] = 
                                       of["up"]["thirds"], of["up"]["thirds"] >= 2),
     "O2": lambda every, some, of, n: (every["small"], every["small"] >= 1, every["large"], every["large"] >= 1),
     "O5": lambda every, some, of, n: (of["unused"]["source layer"], of["unused"]["source layer"] >= 4,
-                                      of["used"]["source layer"], of["used"]["source layer"] >= 3)}
+                                      of["used"]["source layer"], of["used"]["source layer"] >= 3),
+    **dict.fromkeys(("B1", "B2"), lambda every, some, of, n: (every["up"], every["up"] >= 4, n - every["up"],
+                                                              n - every["up"] >= 4)),
+    "B3": lambda every, some, of, n: (every["more"], every["more"] >= 4, every["no more"], every["no more"] >= 2),
+    "B4": lambda every, some, of, n: (every["kept"], every["kept"] >= 2, n - every["kept"], n - every["kept"] >= 2),
+    "B5": lambda every, some, of, n: (every["up"], every["up"] >= 1, every["down"], every["down"] >= 1)}
 """What book/claims.yml asks: in how many cells a claim is met and whether it holds, against it and whether it is
 refuted; from the cells with a mark in every test, in some test, and by test, and the number of counted cells."""
 
@@ -4507,6 +4516,7 @@ def settle(tests: pd.DataFrame, cells: Mapping[str, int]) -> pd.DataFrame:
         clear = part["p_holm"] < 0.05
         marks = {"up": clear & (part["value"] > 0), "down": clear & (part["value"] < 0), "most": part["value"] >= 0.8,
                  "few": part["value"] < 0.5, "near": (part["low"] > -0.02) & (part["high"] < 0.02),
+                 "more": part["value"] >= 0.05, "no more": part["value"] <= 0, "kept": part["value"] > -0.05,
                  "unused": part["high"] < 0.02, "used": part["low"] > 0.1, "small": part["value"] < 0.15,
                  "large": part["value"] > 0.3}
         flags = {name: mark.groupby([part["cell"], part["test"]]).first().unstack() for name, mark in marks.items()}
@@ -4518,6 +4528,35 @@ def settle(tests: pd.DataFrame, cells: Mapping[str, int]) -> pd.DataFrame:
         rows.append({"claim": claim, "counted": part["cell"].nunique(), "of": cells[str(claim)], "met": met,
                      "against": against, "verdict": verdict if measured >= cells[str(claim)] else "open"})
     return pd.DataFrame(rows)
+
+
+def codebook_tests(cells: pd.DataFrame, again: pd.DataFrame, edits: pd.DataFrame | None, tuned: str,
+                   name: str = "predictive k-means") -> pd.DataFrame:
+    """What claims B1 to B5 of book/claims.yml ask of a codebook: rows as of `claim_tests`, of `Pipeline.codebook_card`
+    for several cells (all but the ``tuned`` one), `Pipeline.recurrence` (column data) and `recovery`, where asked."""
+    rows: list[dict[str, Any]] = []
+    concepts = cells[(cells["removed"] == "concept") & (cells["cell"] != tuned)]
+    for cell, part in concepts.groupby("cell", sort=False):
+        by_name: dict[Any, dict[str, Any]] = part.set_index("method").to_dict("index")      # type: ignore[assignment]
+        row = by_name[name]
+        at = {"cell": cell, "counted": row["right"] >= (0.4 if row["classes"] == 4 else 0.6)}
+        for claim, other, over in (("B1", "k-means", "over_kmeans"), ("B2", "CLVQ-VAE", "over_clvq")):
+            rows.append({"claim": claim, **at, "test": f"less {other}", "value": row[over], "low": row[f"{over}_low"],
+                         "high": row[f"{over}_high"], "p": row[f"{over}_p"]})
+        rows.append({"claim": "B3", **at, "test": "less k-means",
+                     "value": row["explained"] - by_name["k-means"]["explained"]})
+    for data, part in again[again["drawn"] == "other text"].groupby("data", sort=False):
+        shares = part.pivot(index="seed", columns="method", values="value")
+        found = interval((shares[name] - shares["k-means"]).to_numpy()[:, None])
+        rows.append({"claim": "B4", "cell": data, "counted": True, "test": "less k-means", "value": found.value,
+                     "low": found.low, "high": found.high, "p": found.p})
+    if edits is not None:
+        put = edits[(edits["put"] == "concept") & (edits["method"] == name)].iloc[0]
+        rows.append({"claim": "B5", "cell": "human edits", "counted": True, "test": "less k-means",
+                     "value": put["over_kmeans"], "low": put["over_kmeans_low"], "high": put["over_kmeans_high"],
+                     "p": put["over_kmeans_p"]})
+    columns = ["claim", "family", "cell", "test", "counted", "value", "low", "high", "p"]
+    return adjust_families(pd.DataFrame(rows).assign(family="better").reindex(columns=columns))
 
 
 def parse_shortcut(text: str) -> tuple[list[str], str, float]:
@@ -6156,11 +6195,11 @@ class Pipeline:
             parts.append(found.assign(pair=found["pair"] // 2))
         return concat(parts)
 
-    def recurrence(self, ahead: Sequence[str] = ()) -> pd.DataFrame:
-        """Do concepts come back? `recurring` over the words of the evaluation sentences, between a method trained on
-        sentences drawn with replacement and the same on others so drawn ("other text", with another seed, too), or on
-        the same ("other seed"): columns method, drawn, seed, value. CLVQ-VAE, `clusters`, and ``ahead``, some of
-        `AHEAD`."""
+    def recurrence(self, methods: Sequence[str] = ()) -> pd.DataFrame:
+        """Do concepts come back? `recurring` over the words of the evaluation sentences, between a method (CLVQ-VAE,
+        `clusters` or `AHEAD`, by name; none: the first two) trained on sentences drawn with replacement and the same on
+        others so drawn ("other text", with another seed, too), or on the same ("other seed"): columns method, drawn,
+        seed, value."""
         train_acts, test, rows, source = self.activations("train"), self.activations("test"), [], self.layers[0]
         words = test.states[source][torch.from_numpy(~test.tokens["is_summary"].to_numpy())]
         for i, run in enumerate(self.over_seeds):
@@ -6169,12 +6208,17 @@ class Pipeline:
                 draw = torch.Generator().manual_seed(self.config.seed + text)
                 acts = train_acts.choose(torch.randint(len(self.train), (len(self.train),), generator=draw))
                 config = run.config.replace(seed=run.config.seed + 1000 * seed)
-                found: list[Any] = [train(acts, config, self.layers)[0]]
-                found += [clusters(acts, source, how, config) for how in CLUSTERS]
-                found += [linear_concepts(name, source, **predict_ahead(acts, self.layers, *AHEAD[name], config))
-                          for name in ahead]
-                for method in found:
-                    codes.setdefault(method.name, []).append(method.assign(words))
+                kinds = {title: how for how, title in CLUSTERS.items()}
+                for name in methods or ("CLVQ-VAE", *kinds):
+                    found: Any
+                    if name == "CLVQ-VAE":
+                        found = train(acts, config, self.layers)[0]
+                    elif name in AHEAD:
+                        parts = predict_ahead(acts, self.layers, *AHEAD[name], config)
+                        found = linear_concepts(name, source, **parts)
+                    else:
+                        found = clusters(acts, source, kinds[name], config)
+                    codes.setdefault(name, []).append(found.assign(words))
             rows += [{"method": name, "drawn": drawn, "seed": run.config.seed,
                       "value": recurring(first, other, self.config.n_codes)}
                      for name, (first, *rest) in codes.items()

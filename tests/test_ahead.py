@@ -113,7 +113,8 @@ def test_its_card_has_every_ingredient_with_fair_controls(pipeline):
 
 def test_names_of_all_methods_find_one_and_its_concepts_come_back_or_not(pipeline):
     assert [method.name for method in pipeline.points(["k-means", "predictive k-means"])] == ["k-means", "predictive k-means"]
-    again = pipeline.recurrence(["predictive k-means"])
+    again = pipeline.recurrence(["k-means", "predictive k-means"])
+    assert set(again["method"]) == {"k-means", "predictive k-means"}
     part = again[again["method"] == "predictive k-means"]
     assert len(part) == 4 and part["value"].between(0, 1).all()
     with pytest.raises(ValueError, match="predictive k-means"):

@@ -23,7 +23,7 @@ EXECUTED = ROOT / "book" / "executed"
 TWINS = sorted(EXECUTED.glob("*.ipynb"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # They take hours, and stay as the code of the commit that they name made them
-LONG = ["09_paper_scale.ipynb", "11_nine_cells.ipynb", "12_anatomy.ipynb", "13_yardstick.ipynb"]
+LONG = ["09_paper_scale.ipynb", "11_nine_cells.ipynb", "12_anatomy.ipynb", "13_yardstick.ipynb", "14_better_codebook.ipynb"]
 pytestmark = pytest.mark.book
 named = {"argvalues": NOTEBOOKS, "ids": lambda path: path.stem}
 
