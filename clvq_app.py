@@ -315,6 +315,7 @@ def explain(
       clvq explain "Shares fell" --model path/to/model -p finetune false --data news.csv -p label_column section
       clvq explain "a dull, overlong film" --versus "a moving film" --json
       clvq explain "a dull, overlong film" --steer 17
+      clvq explain "a dull, overlong film" -p codebook predictive
       clvq explain "A man sleeps." --pair "He wakes." --data pairs.csv -p text_column premise -p pair_column claim
     """
     from clvq_core import PAIR, Pipeline, configure

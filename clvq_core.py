@@ -4029,6 +4029,13 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
     return pd.concat([tables[key] for key in order if key in tables], ignore_index=True)
 
 
+def less_control(results: pd.DataFrame, control: str) -> pd.DataFrame:
+    """The rows of `in_model` for concepts, with a column net: flipped less that of this control, sentence by sentence."""
+    keys = ["method", "layer", "way", "where", "seed", "sentence"]
+    taken, other = (results[results["removed"] == removed].set_index(keys) for removed in ("concept", control))
+    return taken.assign(net=taken["flipped"] - other["flipped"].astype(float).reindex(taken.index)).reset_index()
+
+
 def changes_of_answers(own: Float[Tensor, "S C"], changed: Float[Tensor, "S C"],
                        labels: Int[Tensor, "S"]) -> dict[str, np.ndarray]:
     """The columns of `in_model`, label to kl, from the model's own logits and the changed ones."""
@@ -5796,14 +5803,11 @@ class Pipeline:
                 loading = class_loading(method, run.trial, run.labels("train"))["loading"].mean()
                 facts.append({"method": method.name, "loading": loading, "used": len(codes.unique()),
                               "explained": variance_explained(means[codes], test.states[target][words])})
-        results, keys = concat(answers), ["method", "layer", "removed", "way", "where", "seed", "sentence"]
-        control = results[results["removed"] == fair].assign(removed="concept").set_index(keys)["flipped"].astype(float)
-        net = results[results["removed"] == "concept"].set_index(keys)
-        net = net.assign(net=net["flipped"] - control).reset_index()
-        rivals = {"kmeans": {"method": "k-means"}, "clvq": {"method": "CLVQ-VAE"}}
+        results, rivals = concat(answers), {"kmeans": {"method": "k-means"}, "clvq": {"method": "CLVQ-VAE"}}
         table = compared(results, self.config, "flipped", {"over_control": fair, **{
             f"over_{name}": other for name, other in rivals.items()}}, ["kl"])
-        less = compared(net, self.config, "net", {f"net_{name}": other for name, other in rivals.items()})
+        less = compared(less_control(results, fair), self.config, "net", {
+            f"net_{name}": other for name, other in rivals.items()})
         table = table.merge(less[["method", "removed", *less.filter(regex="^net")]], "left", ["method", "removed"])
         return table.join(pd.DataFrame(facts).groupby("method").mean(), on="method")
 
@@ -5834,12 +5838,9 @@ class Pipeline:
         clvq, keys = {"method": "CLVQ-VAE", "layer": source}, ["method", "layer", "removed", "way", "seed", "sentence"]
         parts.append(compared(probe, config, "accuracy", {"over_control": "random code", "over_random": "gaussian",
                                                           "over_clvq": clvq}, ["share"]).assign(test="probe"))
-        random = model[model["removed"] == "gaussian"].assign(removed="concept").set_index(keys)["flipped"]
-        net = model[model["removed"] == "concept"].set_index(keys)
-        net = net.assign(net=net["flipped"] - random.astype(float).reindex(net.index)).reset_index()
         beside = {"over_control": "random code, equal norm", "over_random": "gaussian", "over_word": "random word"}
         inside = compared(model, config, "flipped", {**beside, "over_clvq": clvq}, ["kl"])
-        less = compared(net, config, "net", {"net_clvq": clvq})
+        less = compared(less_control(model, "gaussian"), config, "net", {"net_clvq": clvq})
         less = less[[*keys[:4], *less.filter(like="net_clvq")]]
         parts.append(inside.merge(less, "left", keys[:4]).assign(test="model"))
         complete = complete.drop_duplicates(keys)                           # the linear map, and the mean state
