@@ -4030,7 +4030,7 @@ def in_model(methods: Sequence[Any], trial: Trial, lm: LanguageModel, texts: Seq
 
 
 def less_control(results: pd.DataFrame, control: str) -> pd.DataFrame:
-    """The rows of `in_model` for concepts, with a column net: flipped less that of this control, sentence by sentence."""
+    """The rows of `in_model` for concepts, with a column net: flipped less that of this control, by sentence."""
     keys = ["method", "layer", "way", "where", "seed", "sentence"]
     taken, other = (results[results["removed"] == removed].set_index(keys) for removed in ("concept", control))
     return taken.assign(net=taken["flipped"] - other["flipped"].astype(float).reindex(taken.index)).reset_index()
