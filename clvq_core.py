@@ -2951,7 +2951,7 @@ AHEAD = {"predictive k-means": ("scaled", 1), "k-means of predicted targets": ("
 
 def predict_ahead(acts: Activations, layers: tuple[int, int], how: str, runs: int,
                   config: Config) -> dict[str, Tensor]:
-    """A codebook that groups source states by what they already say about the target layer; nothing else is read.
+    """A codebook that groups source states by what they already say about the target layer. Not in the paper.
 
     scaled: least squares predicts target states from source states; the predictions, each dimension in units of the
     deviation that stays unpredicted, are clustered by k-means. plain: without these units. joint: beside the source
@@ -2963,9 +2963,9 @@ def predict_ahead(acts: Activations, layers: tuple[int, int], how: str, runs: in
     """
     x, y = (acts.states[layer].float() for layer in layers)
     k, draw, settings = config.n_codes, torch.Generator().manual_seed(config.seed), config.replace(start="kmeans++")
-    eye, fitted = torch.eye(x.shape[1], dtype=torch.double), linear_map(x.double(), y.double())
     features, mean = y, x.mean(0)
     if how != "read":
+        eye, fitted = torch.eye(x.shape[1], dtype=torch.double), linear_map(x.double(), y.double())
         slope = (fitted(eye) - fitted(0 * eye[:1])).float()                                 # (D, D2)
         predicted = (x - mean) @ slope
         if how == "scaled":
@@ -6092,11 +6092,11 @@ class Pipeline:
             return self.clvqvae
         if how := [how for how, title in CLUSTERS.items() if title == name]:
             return self.clusters(how[0])
+        if name in AHEAD:
+            return self.ahead(name)
         acts, labels = self.activations("train"), self.labels("train")
         found = {concepts.name: concepts for concepts in reference_concepts(acts, labels, self.layers[0], self.config)
                  if not concepts.directions}
-        if name in AHEAD:
-            return self.ahead(name)
         if name not in found:
             known = ", ".join(("CLVQ-VAE", *CLUSTERS.values(), *AHEAD, *found))
             raise ValueError(f"method must be one of {known}, not {name!r}")
@@ -6132,8 +6132,7 @@ class Pipeline:
             codes = points.assign(acts.states[self.layers[0]])
             tokens = acts.tokens.assign(concept=codes.numpy()).merge(marked, on=["sentence", "position"])
             concepts = set(tokens.groupby("marker")["concept"].agg(lambda codes: codes.mode()[0]))
-            own = self.changed(codebook="clvq-vae")
-            table = effects_by_concept(own.effects if method == "CLVQ-VAE" else self.effects_of(method)
+            table = effects_by_concept(self.effects if points is self.codebook else self.effects_of(method)
                                        if isinstance(method, str) else self.measure_effects(points))
             table = table[table["sentences"] >= max(3, len(texts) // 200)].sort_values("effect", kind="stable")
             place = np.flatnonzero(table["concept"].isin(concepts))
@@ -6203,13 +6202,16 @@ class Pipeline:
         seed, value."""
         train_acts, test, rows, source = self.activations("train"), self.activations("test"), [], self.layers[0]
         words = test.states[source][torch.from_numpy(~test.tokens["is_summary"].to_numpy())]
+        kinds = {title: how for how, title in CLUSTERS.items()}
+        known = ["CLVQ-VAE", *kinds, *AHEAD]
+        if unknown := [name for name in methods if name not in known]:
+            raise ValueError(f"there is no method {unknown[0]!r}, only {', '.join(known)}")
         for i, run in enumerate(self.over_seeds):
             codes: dict[str, list[Tensor]] = {}
             for text, seed in ((2 * i, 0), (2 * i + 1, 1), (2 * i, 1)):
                 draw = torch.Generator().manual_seed(self.config.seed + text)
                 acts = train_acts.choose(torch.randint(len(self.train), (len(self.train),), generator=draw))
                 config = run.config.replace(seed=run.config.seed + 1000 * seed)
-                kinds = {title: how for how, title in CLUSTERS.items()}
                 for name in methods or ("CLVQ-VAE", *kinds):
                     found: Any
                     if name == "CLVQ-VAE":

@@ -94,7 +94,10 @@ def test_every_page_can_show_the_other_codebook(pipeline):
     codes = ahead.training_codes.bincount(minlength=8)
     assert all(len(sentences) <= 3 for sentences in told.examples.values())
     assert set(told.words["concept"]) <= set(np.flatnonzero(codes))
-    assert len(ahead.compare("A fine film.", "A dull film.").exchanges) >= 0 and len(ahead.steer("A fine film.", 0))
+    used = {-1, *np.flatnonzero(codes).tolist()}
+    exchanges = ahead.compare("A fine film, though the end is dull.", "Shares of two banks fell on Tuesday.").exchanges
+    assert len(exchanges) and {*exchanges["concept"], *exchanges["other_concept"]} <= used
+    assert len(ahead.steer("A fine film.", 0)) == 7 * 2
 
 
 def test_explaining_by_it_trains_no_clvq_vae(pipeline, monkeypatch):
@@ -123,5 +126,34 @@ def test_names_of_all_methods_find_one_and_its_concepts_come_back_or_not(pipelin
     assert set(again["method"]) == {"k-means", "predictive k-means"}
     part = again[again["method"] == "predictive k-means"]
     assert len(part) == 4 and part["value"].between(0, 1).all()
-    with pytest.raises(ValueError, match="predictive k-means"):
-        pipeline.source_method("nothing")
+    for ask in (lambda: pipeline.source_method("nothing"), lambda: pipeline.recurrence(["nothing"])):
+        with pytest.raises(ValueError, match="predictive k-means"):
+            ask()
+
+
+def verdicts(gains: list[float], explained: list[float], falls: list[float], edits: pd.DataFrame | None = None) -> dict[str, str]:
+    """Of cells whose codebook changes so many more answers and explains so much more, and comes back by so much less."""
+    base = {"removed": "concept", "right": 0.9, "classes": 2}
+    rows = [{**base, "cell": "tuned", "method": name, "explained": 0.5} for name in ("k-means", "predictive k-means")]
+    for i, (gain, more) in enumerate(zip(gains, explained, strict=True)):
+        ends = {"": 0, "_low": -0.01, "_high": 0.01}
+        sides = {f"{over}{end}": gain + shift for over in ("over_kmeans", "over_clvq") for end, shift in ends.items()}
+        p = dict.fromkeys(("over_kmeans_p", "over_clvq_p"), 1e-6 if gain else 0.9)
+        rows += [{**base, "cell": f"c{i}", "method": "predictive k-means", "explained": 0.5 + more, **sides, **p},
+                 {**base, "cell": f"c{i}", "method": "k-means", "explained": 0.5}]
+    again = pd.DataFrame([{"data": f"d{i}", "drawn": "other text", "seed": seed, "method": name, "value": 0.5 - fall * (name != "k-means")}
+                          for i, fall in enumerate(falls) for seed in range(3) for name in ("k-means", "predictive k-means")])
+    tests = clvq.codebook_tests(pd.DataFrame(rows), again, edits, "tuned")
+    return clvq.settle(tests, {"B1": 5, "B2": 5, "B3": 5, "B4": 2, "B5": 1}).set_index("claim")["verdict"].to_dict()
+
+
+def test_the_claims_of_a_better_codebook_are_settled_as_they_were_written():
+    better, none = [0.1] * 4 + [0], [0] * 4 + [0.1]
+    assert verdicts(better, [0.06] * 4 + [-0.1], [0.04, 0.04]) == dict.fromkeys(("B1", "B2", "B3", "B4"), "holds")
+    assert verdicts(none, [0.06] * 3 + [0, 0], [0.06, 0.06]) == dict.fromkeys(("B1", "B2", "B3", "B4"), "does not hold")
+    assert verdicts([0.1] * 3 + [0, 0], [0.06] * 3 + [0.04] * 2, [0.04, 0.06]) == dict.fromkeys(("B1", "B2", "B3", "B4"), "undecided")
+    assert set(verdicts(better[:4], [0.06] * 4, [0.04]).values()) == {"open"}
+    for gain, told in ((0.1, "holds"), (-0.1, "does not hold")):
+        edits = pd.DataFrame([{"put": "concept", "method": "predictive k-means", "over_kmeans": gain, "over_kmeans_low": gain - 0.01,
+                               "over_kmeans_high": gain + 0.01, "over_kmeans_p": 1e-6}])
+        assert verdicts(better, [0.06] * 5, [0.04, 0.04], edits)["B5"] == told

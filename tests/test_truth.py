@@ -85,6 +85,15 @@ def test_exchanged_embeddings_give_the_answer_to_the_other_text_and_other_contro
         assert np.allclose(there[:, 0], -there[:, 1], atol=1e-5) and np.allclose(both, 0, atol=1e-5)
 
 
+def test_recovery_is_compared_with_that_of_k_means_by_name(edits):
+    found = edits.exchanged(4, methods=["k-means", "predictive k-means"])
+    assert set(found["method"]) == {"k-means", "predictive k-means", "all states"}
+    table = clvq.recovery(found.assign(turned=True), edits.config).set_index(["method", "put"])
+    gap = table.loc[("predictive k-means", "concept"), "value"] - table.loc[("k-means", "concept"), "value"]
+    assert np.isclose(table.loc[("predictive k-means", "concept"), "over_kmeans"], gap)
+    assert table.loc[("k-means", "concept"), "over_kmeans"] == 0
+
+
 def test_texts_without_pairs_are_refused(refused):
     with refused("column 'pair'"):
         clvq.Pipeline(clvq.configure("smoke", **QUICK)).exchanged(5)
