@@ -6556,10 +6556,17 @@ def settings_table(config: Config) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["setting", "paper", "here"])
 
 
-def kept(path: Path | None, config: Config, make: Callable[..., pd.DataFrame], *arguments: Any) -> pd.DataFrame:
-    """A table from a file, or made (with these arguments) and kept there (none: not kept), with columns settings and
-    made (JSON). ValueError if the file's has other settings."""
-    free = {"model", "dataset", "finetune"}                                                 # paths differ
+def kept_path(folder: Path | None, name: str) -> Path | None:
+    """The file of a folder that keeps the table of this name, without characters that a shell or make would split or
+    take for a pattern; None without a folder."""
+    return folder and folder / (re.sub(r"[^\w.-]+", "-", name.replace(", ", "--")).strip("-") + ".parquet")
+
+
+def kept(folder: Path | None, name: str, config: Config, make: Callable[..., pd.DataFrame],
+         *arguments: Any) -> pd.DataFrame:
+    """A table by its name from a folder, or made (with these arguments) and kept there (none: not kept), with columns
+    settings and made (JSON). ValueError if the file's has other settings."""
+    free, path = {"model", "dataset", "finetune"}, kept_path(folder, name)                  # paths differ
     if path and path.exists():
         table = pd.read_parquet(path)
         given = Config().model_dump() | json.loads(table["settings"].iloc[0])       # what is newer had its default
@@ -6590,12 +6597,10 @@ def measure_cells(configs: Mapping[str, Config], measure: Callable[[str, Pipelin
             asked=min(asked, len(pipeline.test)), states=len(pipeline.activations("train").tokens),
             layers="{} → {}".format(*pipeline.layers))
 
-    paths: dict[str, Path | None] = {
-        path.stem.replace("--", ", "): path for path in (sorted(folder.glob("*.parquet")) if folder else [])}
-    paths |= {name: folder / f"{name.replace(', ', '--')}.parquet" if folder else None for name in configs}
-    config = next(iter(configs.values()))
-    return pd.concat([kept(path, configs.get(name, config), card, name) for name, path in paths.items()],
-                     ignore_index=True)
+    files: dict[Path | None, str] = {path: path.stem for path in (sorted(folder.glob("*.parquet")) if folder else [])}
+    files |= {kept_path(folder, name): name for name in configs} if folder else {}
+    config, names = next(iter(configs.values())), list(files.values() if folder else configs)
+    return pd.concat([kept(folder, name, configs.get(name, config), card, name) for name in names], ignore_index=True)
 
 
 def published_cells(names: Iterable[str], layers: tuple[int, int] = (8, 12), **columns: Any) -> list[str]:

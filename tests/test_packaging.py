@@ -132,6 +132,11 @@ def test_pyproject_citation_and_changelog_agree_on_version_and_date():
     assert str(citation["version"]) == PROJECT["version"]
 
 
+def test_no_tracked_file_has_a_name_that_make_or_a_shell_would_split():
+    names = [str(path.relative_to(ROOT)) for path in tracked_files()]
+    assert not [name for name in names if not re.fullmatch(r"[\w./-]+", name, re.ASCII)]
+
+
 def test_no_tracked_file_names_a_machines_path():
     folders = "|".join(["tmp", "root", "home", "work", "Users", "opt"])
     machine_path = re.compile(r"(?<![\w.~$})/-])" + "/(?:" + folders + ")" + r"/\w")

@@ -155,14 +155,15 @@ def test_a_shortcut_is_planted_anew_with_each_seed_and_a_strangers_method_is_ran
 
 
 def test_a_table_is_kept_with_what_it_was_made_with(tmp_path, refused):
-    config, path = clvq.configure("smoke"), tmp_path / "new" / "table.parquet"
-    first = clvq.kept(path, config, lambda: pd.DataFrame({"value": [1.5]}))
-    again = clvq.kept(path, config.replace(dataset="elsewhere"), lambda: pytest.fail("made anew"))
+    config, folder, name = clvq.configure("smoke"), tmp_path / "new", "blue lamp $(for) positive, 50%"
+    first = clvq.kept(folder, name, config, lambda: pd.DataFrame({"value": [1.5]}))
+    again = clvq.kept(folder, name, config.replace(dataset="elsewhere"), lambda: pytest.fail("made anew"))
     pd.testing.assert_frame_equal(first, again)
     assert json.loads(first["settings"][0])["seed"] == config.seed and json.loads(first["made"][0])["torch"]
-    with refused("table.parquet", "seed 42, not 7", "another folder"):
-        clvq.kept(path, config.replace(seed=7), lambda: None)
-    assert len(clvq.kept(None, config, lambda: pd.DataFrame({"value": [1]}))) == 1
+    assert [path.name for path in folder.iterdir()] == ["blue-lamp-for-positive--50.parquet"]
+    with refused("blue-lamp-for-positive--50.parquet", "seed 42, not 7", "another folder"):
+        clvq.kept(folder, name, config.replace(seed=7), lambda: None)
+    assert len(clvq.kept(None, name, config, lambda: pd.DataFrame({"value": [1]}))) == 1
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
