@@ -107,13 +107,14 @@ __all__ = [
     "causal_rank", "verdict", "compare_methods", "completeness", "without_summary", "class_loading",
     "interchange", "recovery", "recurring", "claim_tests", "reversal_tests",
     "adjust_families", "settle", "score_table", "parse_shortcut", "truth_tests", "codebook_tests",
-    "sanity_tests", "settle_methods",
+    "settings_tests", "sanity_tests", "settle_methods",
     # 14 human evaluation
     "outcomes", "make_study", "draw_clouds", "read_study", "study_answers", "rater_agreement", "simulated_answers",
     "items_needed",
     # 15 steps, pipeline, sweeps
     "Step", "precompute", "run_parallel", "Pipeline", "published", "published_cells", "Run", "run_sweep",
-    "sweep_results", "studies", "settings_table", "cell_settings", "kept", "measure_cells", "prepare_colab",
+    "sweep_results", "studies", "settings_table", "cell_settings", "kept_path", "kept", "measure_cells",
+    "prepare_colab",
 ]
 
 
@@ -4489,6 +4490,14 @@ RULES: dict[str, Callable[[Any, Any, Any, int], tuple[int, bool, int, bool]]] = 
     "P4": lambda every, some, of, n: (every["up"], every["up"] >= 5 and not some["down"], n - every["up"],
                                       n - every["up"] >= 7),
     "P5": lambda every, some, of, n: (every["up"], every["up"] >= 5, some["down"], some["down"] >= 3),
+    "P6": lambda every, some, of, n: (every["up"], every["up"] >= 4, n - some["up"], n - some["up"] >= 4),
+    "P7": lambda every, some, of, n: (every["5 %"], every["5 %"] >= 2, every["in 5 %"], every["in 5 %"] >= 2),
+    "P8": lambda every, some, of, n: (every["up"], every["up"] >= 2, every["down"], every["down"] >= 1),
+    "P11": lambda every, some, of, n: (
+        min(of["90 %"]["share"], of["above"]["less linear"]),
+        min(of["90 %"]["share"], of["above"]["less linear"]) >= 2,
+        max(of["in 75 %"]["share"], n - of["above"]["less linear"]),
+        of["in 75 %"]["share"] >= 1 or of["above"]["less linear"] == 0),
     "Y4": lambda every, some, of, n: (every["most"], every["most"] >= 7, every["few"], every["few"] >= n / 2),
     "O3": lambda every, some, of, n: (of["up"]["raw means"], of["up"]["raw means"] >= 2 and not of["down"]["partition"]
                                       and not of["down"].get("partition elsewhere", 0),
@@ -4525,7 +4534,9 @@ def settle(tests: pd.DataFrame, cells: Mapping[str, int]) -> pd.DataFrame:
                  "few": part["value"] < 0.5, "near": (part["low"] > -0.02) & (part["high"] < 0.02),
                  "more": part["value"] >= 0.05, "no more": part["value"] <= 0, "kept": part["value"] > -0.05,
                  "unused": part["high"] < 0.02, "used": part["low"] > 0.1, "small": part["value"] < 0.15,
-                 "large": part["value"] > 0.3}
+                 "large": part["value"] > 0.3, "5 %": clear & (part["value"] >= 0.05), "above": part["value"] > 0,
+                 "in 5 %": (part["low"] > -0.05) & (part["high"] < 0.05), "90 %": part["value"] >= 0.9,
+                 "in 75 %": part["value"] < 0.75}
         flags = {name: mark.groupby([part["cell"], part["test"]]).first().unstack() for name, mark in marks.items()}
         met, holds, against, refuted = RULES[str(claim)](
             {name: int(flag.fillna(False).all(axis=1).sum()) for name, flag in flags.items()},
@@ -4535,6 +4546,36 @@ def settle(tests: pd.DataFrame, cells: Mapping[str, int]) -> pd.DataFrame:
         rows.append({"claim": claim, "counted": part["cell"].nunique(), "of": cells[str(claim)], "met": met,
                      "against": against, "verdict": verdict if measured >= cells[str(claim)] else "open"})
     return pd.DataFrame(rows)
+
+
+def settings_tests(found: pd.DataFrame) -> pd.DataFrame:
+    """What claims P6, P7, P8 and P11 of book/claims.yml ask: rows as of `claim_tests`, of `Pipeline.settings_card` with
+    columns claim and cell, with intervals over seeds alone. Signed so that the claim wants a value positive.
+
+    P6: the probe's accuracy without the concept, by projection, of each other start less the spherical one's. P7, P8:
+    perplexity, of 5 nearest codes over 1 less 1, and of the adaptive encoder less the best fixed one. P11: variance
+    explained from codes alone, as a share of that with the paper's memory, and less a linear map's.
+    """
+    rows: list[dict[str, Any]] = []
+    for (claim, cell), part in found.groupby(["claim", "cell"], sort=False):
+        first, *others = VARIANTS[str(claim)]
+        wide = {name: part.pivot(index="seed", columns="variant", values=name) for name in FIGURES}
+        if claim == "P6":
+            probe = wide["accuracy concept projection"]
+            wanted: dict[str, pd.Series[float]] = {f"less {name}": probe[name] - probe[first] for name in others}
+        elif claim == "P7":
+            wanted = {"5 over 1": wide["perplexity"][first] / wide["perplexity"][others[0]] - 1}
+        elif claim == "P8":
+            best = wide["perplexity"][others].mean().idxmax()
+            wanted = {"less the best fixed": wide["perplexity"][first] - wide["perplexity"][best]}
+        else:
+            codes, linear = wide["variance_explained"][others[0]], wide["explained_by_linear_map"][others[0]]
+            wanted = {"share": codes / wide["variance_explained"][first], "less linear": codes - linear}
+        for test, values in wanted.items():
+            at = interval(values.to_numpy()[:, None])
+            rows.append({"claim": claim, "family": str(claim), "cell": cell, "test": test, "counted": True,
+                         "value": at.value, "low": at.low, "high": at.high, "p": at.p})
+    return adjust_families(pd.DataFrame(rows))
 
 
 def codebook_tests(cells: pd.DataFrame, again: pd.DataFrame, edits: pd.DataFrame | None, tuned: str,
@@ -5783,6 +5824,17 @@ class Pipeline:
             raise ValueError(f"there is no codebook {unknown[0]!r}, only {', '.join(make)}")
         return [make[name]() for name in names or make]
 
+    def settings_card(self, claim: str) -> pd.DataFrame:
+        """What the `VARIANTS` of a claim give over the `seeds`, and one more but for P11: a row per variant and seed,
+        with the figures of the best epoch in `training_summary` that `FIGURES` names."""
+        runs = [self.changed(seed=self.config.seed + i) for i in range(self.config.seeds + (claim != "P11"))]
+        rows = []
+        for name, run in itertools.product(VARIANTS[claim], runs):
+            found = run.changed(**VARIANTS[claim][name]).training_summary
+            last = found[found["epoch"].isna()].set_index("metric")["value"]
+            rows.append({"variant": name, "seed": run.config.seed, **last[list(FIGURES)].to_dict()})
+        return pd.DataFrame(rows)
+
     def codebook_card(self, asked: int = 400, names: Sequence[str] = ()) -> pd.DataFrame:
         """`ingredients` (or those of these names) over the `seeds`, a row per method and removed: the share of the
         model's answers that change (value) with its differences over_control (a random code of the same norm),
@@ -6554,6 +6606,19 @@ def settings_table(config: Config) -> pd.DataFrame:
     paper = configure("paper")
     rows = [[text, *(str(getattr(of, name)) for of in (paper, config))] for name, text in TABLE_6.items()]
     return pd.DataFrame(rows, columns=["setting", "paper", "here"])
+
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "P6": {"spherical": {}, "k-means++": {"start": "kmeans++"}, "random": {"start": "random"}},
+    "P7": {"5 nearest": {}, "nearest": {"top_k": 1}},
+    "P8": {"adaptive": {}, **{f"fixed {share:g}": {"alpha": "fixed", "fixed_alpha": share}
+                              for share in (0.0, 0.1, 0.4, 0.75, 1.0)}},
+    "P11": {"unquantised": {}, **{memory: {"memory": memory} for memory in ("quantized", "shuffled", "constant")}}}
+"""The settings that claims of book/claims.yml compare, by claim and name; the paper's is the first."""
+
+FIGURES = ("accuracy nothing", "accuracy concept projection", "accuracy concept centred", "perplexity", "codes_used",
+           "variance_explained", "explained_by_linear_map", "temperature_in_gaps")
+"""The figures of `Pipeline.training_summary` by which they are compared."""
 
 
 def kept_path(folder: Path | None, name: str) -> Path | None:

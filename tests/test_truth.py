@@ -1,5 +1,6 @@
 """Known truths: planted shortcuts over seeds, concepts exchanged along human edits, concepts that come back."""
 
+import itertools
 import json
 
 import numpy as np
@@ -152,6 +153,47 @@ def test_a_shortcut_is_planted_anew_with_each_seed_and_a_strangers_method_is_ran
     assert not hidden[0].test["text"].equals(hidden[1].test["text"])
     found = hidden[0].find_planted([hidden[0].clusters("kmeans++")]).iloc[0]
     pd.testing.assert_series_equal(found, card.iloc[0], check_names=False)
+
+
+def of_settings(claim: str, figure: str, values: list[float]) -> pd.DataFrame:
+    """Two cells (P6: six) and three seeds in which the variants of a claim have these values of a figure, and 1 of others."""
+    rows = []
+    for cell, (name, value) in itertools.product(range(6 if claim == "P6" else 2), zip(clvq.VARIANTS[claim], values, strict=True)):
+        figures = dict.fromkeys(clvq.FIGURES, 1.0) | {figure: value}
+        rows += [{"claim": claim, "cell": str(cell), "variant": name, "seed": seed, **figures} for seed in range(3)]
+    table = pd.DataFrame(rows)
+    return table.assign(**{name: table[name] + table["seed"] / 1000 for name in clvq.FIGURES})
+
+
+@pytest.mark.parametrize(
+    ("claim", "figure", "holds", "refuted", "neither"),
+    [
+        ("P6", "accuracy concept projection", [0.5, 0.6, 0.7], [0.6, 0.6, 0.5], [0.5, 0.5, 0.7]),
+        ("P7", "perplexity", [110, 100], [101, 100], [90, 100]),
+        ("P8", "perplexity", [110, 1, 1, 100, 1, 1], [110, 120, 1, 100, 1, 1], [100, 1, 1, 100, 1, 1]),
+        ("P11", "variance_explained", [1.2, 1.15, 1, 1], [1.4, 1.01, 1, 1], [1.2, 1.01, 1, 1]),
+    ],
+)
+def test_the_claims_on_settings_are_settled_as_they_were_written(claim, figure, holds, refuted, neither):
+    for values, verdict in ((holds, "holds"), (refuted, "does not hold"), (neither, "undecided")):
+        tests = clvq.settings_tests(of_settings(claim, figure, values))
+        assert clvq.settle(tests, {claim: 6 if claim == "P6" else 2})["verdict"].tolist() == [verdict]
+        assert clvq.settle(tests[tests["cell"] == "0"], {claim: 6})["verdict"].tolist() == ["open"]
+
+
+def test_codes_that_say_less_than_a_linear_map_do_not_carry_the_prediction():
+    tests = clvq.settings_tests(of_settings("P11", "variance_explained", [0.9, 0.9, 1, 1]))
+    assert tests["value"].tolist() == pytest.approx([1, -0.1] * 2)
+    assert clvq.settle(tests, {"P11": 2})["verdict"].tolist() == ["does not hold"]
+
+
+def test_settings_are_compared_by_the_figures_of_their_own_trainings():
+    pipeline = clvq.Pipeline(clvq.configure("smoke", **QUICK))
+    card = pipeline.settings_card("P7")
+    assert card["variant"].tolist() == [name for name in clvq.VARIANTS["P7"] for _ in range(pipeline.config.seeds + 1)]
+    summary = pipeline.changed(seed=int(card["seed"].iloc[-1]), top_k=1).training_summary.query("epoch.isna()").set_index("metric")["value"]
+    for figure in clvq.FIGURES:
+        assert card[figure].iloc[-1] == summary[figure]
 
 
 def test_a_table_is_kept_with_what_it_was_made_with(tmp_path, refused):
