@@ -4548,6 +4548,19 @@ def settle(tests: pd.DataFrame, cells: Mapping[str, int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "P6": {"spherical": {}, "k-means++": {"start": "kmeans++"}, "random": {"start": "random"}},
+    "P7": {"5 nearest": {}, "nearest": {"top_k": 1}},
+    "P8": {"adaptive": {}, **{f"fixed {share:g}": {"alpha": "fixed", "fixed_alpha": share}
+                              for share in (0.0, 0.1, 0.4, 0.75, 1.0)}},
+    "P11": {"unquantised": {}, **{memory: {"memory": memory} for memory in ("quantized", "shuffled", "constant")}}}
+"""The settings that claims of book/claims.yml compare, by claim and name; the paper's is the first."""
+
+FIGURES = ("accuracy nothing", "accuracy concept projection", "accuracy concept centred", "perplexity", "codes_used",
+           "variance_explained", "explained_by_linear_map", "temperature_in_gaps")
+"""The figures of `Pipeline.training_summary` by which they are compared."""
+
+
 def settings_tests(found: pd.DataFrame) -> pd.DataFrame:
     """What claims P6, P7, P8 and P11 of book/claims.yml ask: rows as of `claim_tests`, of `Pipeline.settings_card` with
     columns claim and cell, with intervals over seeds alone. Signed so that the claim wants a value positive.
@@ -4556,7 +4569,7 @@ def settings_tests(found: pd.DataFrame) -> pd.DataFrame:
     perplexity, of 5 nearest codes over 1 less 1, and of the adaptive encoder less the best fixed one. P11: variance
     explained from codes alone, as a share of that with the paper's memory, and less a linear map's.
     """
-    rows: list[dict[str, Any]] = []
+    families, rows = {"P6": "start", "P7": "sampling", "P8": "encoder", "P11": "cross-layer"}, list[dict[str, Any]]()
     for (claim, cell), part in found.groupby(["claim", "cell"], sort=False):
         first, *others = VARIANTS[str(claim)]
         wide = {name: part.pivot(index="seed", columns="variant", values=name) for name in FIGURES}
@@ -4573,7 +4586,7 @@ def settings_tests(found: pd.DataFrame) -> pd.DataFrame:
             wanted = {"share": codes / wide["variance_explained"][first], "less linear": codes - linear}
         for test, values in wanted.items():
             at = interval(values.to_numpy()[:, None])
-            rows.append({"claim": claim, "family": str(claim), "cell": cell, "test": test, "counted": True,
+            rows.append({"claim": claim, "family": families[str(claim)], "cell": cell, "test": test, "counted": True,
                          "value": at.value, "low": at.low, "high": at.high, "p": at.p})
     return adjust_families(pd.DataFrame(rows))
 
@@ -6608,19 +6621,6 @@ def settings_table(config: Config) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["setting", "paper", "here"])
 
 
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "P6": {"spherical": {}, "k-means++": {"start": "kmeans++"}, "random": {"start": "random"}},
-    "P7": {"5 nearest": {}, "nearest": {"top_k": 1}},
-    "P8": {"adaptive": {}, **{f"fixed {share:g}": {"alpha": "fixed", "fixed_alpha": share}
-                              for share in (0.0, 0.1, 0.4, 0.75, 1.0)}},
-    "P11": {"unquantised": {}, **{memory: {"memory": memory} for memory in ("quantized", "shuffled", "constant")}}}
-"""The settings that claims of book/claims.yml compare, by claim and name; the paper's is the first."""
-
-FIGURES = ("accuracy nothing", "accuracy concept projection", "accuracy concept centred", "perplexity", "codes_used",
-           "variance_explained", "explained_by_linear_map", "temperature_in_gaps")
-"""The figures of `Pipeline.training_summary` by which they are compared."""
-
-
 def kept_path(folder: Path | None, name: str) -> Path | None:
     """The file of a folder that keeps the table of this name, without characters that a shell or make would split or
     take for a pattern; None without a folder."""
@@ -6630,7 +6630,7 @@ def kept_path(folder: Path | None, name: str) -> Path | None:
 def kept(folder: Path | None, name: str, config: Config, make: Callable[..., pd.DataFrame],
          *arguments: Any) -> pd.DataFrame:
     """A table by its name from a folder, or made (with these arguments) and kept there (none: not kept), with columns
-    settings and made (JSON). ValueError if the file's has other settings."""
+    settings and made (JSON). ValueError if the file's has other settings, or is of another name that gives its file."""
     free, path = {"model", "dataset", "finetune"}, kept_path(folder, name)                  # paths differ
     if path and path.exists():
         table = pd.read_parquet(path)
@@ -6638,8 +6638,11 @@ def kept(folder: Path | None, name: str, config: Config, make: Callable[..., pd.
         if other := [key for key, value in config.model_dump().items() if key not in free and given.get(key) != value]:
             raise ValueError(f"{path} was measured with {other[0]} {given.get(other[0])}, not "
                              f"{getattr(config, other[0])}: name another folder")
+        told = json.loads(table["made"].iloc[0]).get("name", name)
+        if told != name != path.stem:                                       # whoever lists a folder has stems alone
+            raise ValueError(f"{path} is of {told!r}, not {name!r}: name another folder")
         return table
-    table = make(*arguments).assign(settings=config.to_json(), made=json.dumps(environment()))
+    table = make(*arguments).assign(settings=config.to_json(), made=json.dumps({**environment(), "name": name}))
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, table.to_parquet)

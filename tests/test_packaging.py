@@ -137,6 +137,13 @@ def test_no_tracked_file_has_a_name_that_make_or_a_shell_would_split():
     assert not [name for name in names if not re.fullmatch(r"[\w./-]+", name, re.ASCII)]
 
 
+def test_make_knows_how_to_build_the_book():
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    done = subprocess.run(["make", "--dry-run", "book"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_tracked_file_names_a_machines_path():
     folders = "|".join(["tmp", "root", "home", "work", "Users", "opt"])
     machine_path = re.compile(r"(?<![\w.~$})/-])" + "/(?:" + folders + ")" + r"/\w")

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 import clvq_core as clvq
 
@@ -179,6 +181,8 @@ def test_the_claims_on_settings_are_settled_as_they_were_written(claim, figure, 
         tests = clvq.settings_tests(of_settings(claim, figure, values))
         assert clvq.settle(tests, {claim: 6 if claim == "P6" else 2})["verdict"].tolist() == [verdict]
         assert clvq.settle(tests[tests["cell"] == "0"], {claim: 6})["verdict"].tolist() == ["open"]
+    written = yaml.safe_load((Path(__file__).parents[1] / "book" / "claims.yml").read_text("utf8"))["claims"]
+    assert set(tests["family"]) == {row["family"] for row in written if row["id"] == claim}
 
 
 def test_codes_that_say_less_than_a_linear_map_do_not_carry_the_prediction():
@@ -205,6 +209,9 @@ def test_a_table_is_kept_with_what_it_was_made_with(tmp_path, refused):
     assert [path.name for path in folder.iterdir()] == ["blue-lamp-for-positive--50.parquet"]
     with refused("blue-lamp-for-positive--50.parquet", "seed 42, not 7", "another folder"):
         clvq.kept(folder, name, config.replace(seed=7), lambda: None)
+    with refused("blue-lamp-for-positive--50.parquet", name, "blue-lamp for positive, 50"):
+        clvq.kept(folder, "blue-lamp for positive, 50", config, lambda: None)
+    assert clvq.kept(folder, "blue-lamp-for-positive--50", config, lambda: None).equals(first)  # as a listing of the folder names it
     assert len(clvq.kept(None, name, config, lambda: pd.DataFrame({"value": [1]}))) == 1
 
 
